@@ -1,0 +1,170 @@
+// bf16 operands with fp32 sums: AMX tiles, or dpbf16 on the same packed layout.
+//
+// Panels of 32 rows. A: [k/32][32 rows][32 bf16], two AMX tiles per 32 columns. B: [k/32][2][16 pairs][16
+// rows][2], the pairwise interleaving that both tdpbf16ps and dpbf16 read.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+
+namespace vidops::cpu {
+namespace {
+
+constexpr int kRows = 32, kBlock = 32;
+constexpr int64_t kDepth = 512;  // a B panel slice (32 KB) stays in L1
+constexpr int64_t kBlockElements = kRows * kBlock;
+
+// 32 columns of one row, centred, as bf16; columns beyond `left` are zero.
+inline __m512i convert(const float* row, const float* centre, int64_t left) {
+  const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+  const __mmask16 high = left >= 32  ? 0xffff
+                         : left > 16 ? static_cast<__mmask16>((1u << (left - 16)) - 1)
+                                     : 0;
+  __m512 x = _mm512_maskz_loadu_ps(low, row), y = _mm512_maskz_loadu_ps(high, row + 16);
+  if (centre) {
+    x = _mm512_sub_ps(x, _mm512_maskz_loadu_ps(low, centre));
+    y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(high, centre + 16));
+  }
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+}
+
+void pack_a(const float* const* rows, int count, int64_t width, const float* centre, float, int64_t k0,
+            void* panel) {
+  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows;
+  for (int64_t k = 0; k < width; k += kBlock, out += kBlockElements)
+    for (int r = 0; r < kRows; ++r)
+      _mm512_storeu_si512(out + r * kBlock,
+                          r < count ? convert(rows[r] + k, centre ? centre + k : nullptr, width - k)
+                                    : _mm512_setzero_si512());
+}
+
+void pack_b(const float* const* rows, int count, int64_t width, const float* centre, float, int64_t k0,
+            void* panel) {
+  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows;
+  alignas(64) int32_t strip[16 * 16];
+  const __m512i column =
+      _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+  for (int64_t k = 0; k < width; k += kBlock)
+    for (int half = 0; half < 2; ++half, out += kBlockElements / 2) {
+      for (int r = 0; r < 16; ++r) {
+        const int row = half * 16 + r;
+        _mm512_store_si512(strip + r * 16,
+                           row < count ? convert(rows[row] + k, centre ? centre + k : nullptr, width - k)
+                                       : _mm512_setzero_si512());
+      }
+      for (int pair = 0; pair < 16; ++pair)
+        _mm512_storeu_si512(out + pair * 32, _mm512_i32gather_epi32(column, strip + pair, 4));
+    }
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, float* c,
+             int64_t ldc) {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) config.bytes_per_row[t] = 64, config.rows[t] = 16;
+  _tile_loadconfig(&config);
+  const uint16_t* a = static_cast<const uint16_t*>(a_raw);
+  const uint16_t* b = static_cast<const uint16_t*>(b_raw);
+  const int64_t pitch = ldc * 4;
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+    const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kBlock;
+    for (int64_t jp = 0; jp < b_panels; ++jp)
+      for (int64_t ip = 0; ip < a_panels; ++ip) {
+        const uint16_t* x = a + (ip * k + k0) * kRows;
+        const uint16_t* y = b + (jp * k + k0) * kRows;
+        float* out = c + ip * kRows * ldc + jp * kRows;
+        if (k0 == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, out, pitch);
+          _tile_loadd(1, out + 16, pitch);
+          _tile_loadd(2, out + 16 * ldc, pitch);
+          _tile_loadd(3, out + 16 * ldc + 16, pitch);
+        }
+        for (int64_t s = 0; s < steps; ++s, x += kBlockElements, y += kBlockElements) {
+          _tile_loadd(4, x, 64);
+          _tile_loadd(6, y, 64);
+          _tile_loadd(7, y + kBlockElements / 2, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_loadd(5, x + kBlockElements / 2, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, out, pitch);
+        _tile_stored(1, out + 16, pitch);
+        _tile_stored(2, out + 16 * ldc, pitch);
+        _tile_stored(3, out + 16 * ldc + 16, pitch);
+      }
+  }
+  _tile_release();
+}
+
+void run_dpbf16(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, float* c,
+                int64_t ldc) {
+  constexpr int kGroup = 8;
+  const uint16_t* a = static_cast<const uint16_t*>(a_raw);
+  const uint16_t* b = static_cast<const uint16_t*>(b_raw);
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+    const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kBlock;
+    for (int64_t jp = 0; jp < b_panels; ++jp)
+      for (int64_t group = 0; group < a_panels * kRows / kGroup; ++group) {
+        const int64_t ip = group / (kRows / kGroup), row = group % (kRows / kGroup) * kGroup;
+        const uint16_t* x = a + (ip * k + k0) * kRows + row * kBlock;
+        const uint16_t* y = b + (jp * k + k0) * kRows;
+        float* out = c + (ip * kRows + row) * ldc + jp * kRows;
+        __m512 acc[kGroup][2];
+        for (int r = 0; r < kGroup; ++r)
+          for (int h = 0; h < 2; ++h)
+            acc[r][h] = k0 ? _mm512_loadu_ps(out + r * ldc + h * 16) : _mm512_setzero_ps();
+        for (int64_t s = 0; s < steps; ++s, x += kBlockElements, y += kBlockElements)
+          for (int pair = 0; pair < 16; ++pair) {
+            const __m512bh y0 = (__m512bh)_mm512_loadu_si512(y + pair * 32);
+            const __m512bh y1 = (__m512bh)_mm512_loadu_si512(y + kBlockElements / 2 + pair * 32);
+#pragma GCC unroll 8
+            for (int r = 0; r < kGroup; ++r) {
+              int32_t two;
+              __builtin_memcpy(&two, x + r * kBlock + pair * 2, 4);
+              const __m512bh v = (__m512bh)_mm512_set1_epi32(two);
+              acc[r][0] = _mm512_dpbf16_ps(acc[r][0], v, y0);
+              acc[r][1] = _mm512_dpbf16_ps(acc[r][1], v, y1);
+            }
+          }
+        for (int r = 0; r < kGroup; ++r)
+          for (int h = 0; h < 2; ++h) _mm512_storeu_ps(out + r * ldc + h * 16, acc[r][h]);
+      }
+  }
+}
+
+constexpr Gemm<float> kAmx{kRows, kRows, kBlock, 2, int(kDepth), pack_a, pack_b, run_amx};
+constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), pack_a, pack_b, run_dpbf16};
+
+}  // namespace
+}  // namespace vidops::cpu
+
+#pragma GCC pop_options
+#endif
+
+namespace vidops::cpu {
+
+const Gemm<float>* bf16_gemm(CpuIsa isa) {
+#if defined(__x86_64__)
+  if (isa == CpuIsa::amx) return &kAmx;
+  if (isa == CpuIsa::avx512_bf16) return &kDot;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+}  // namespace vidops::cpu

@@ -1,0 +1,82 @@
+// The inner loops, one table per element type and instruction set. Everything here works on plain pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "vidops/cpu_isa.h"
+
+namespace vidops::cpu {
+
+// What one row brings to the error bound of a distance; x' is x minus its column centre, |.| the Euclidean
+// norm.
+template <class T>
+struct RowStats {
+  double self;  // sum p' l'
+  T p_norm, l_norm;
+  T p_error, l_error;  // |bf16(x') - x'|, zero for full-precision operands
+};
+
+// The thresholding of one tile row. Arrays are indexed by column, the `row_` values belong to the row.
+template <class T>
+struct Threshold {
+  const T *self, *p_norm, *l_total, *p_error, *l_weight, *base;
+  T row_self, row_p_norm, row_l_total, row_p_error, row_l_weight, row_base;
+  T tau;
+};
+
+// A packed matrix product C = A B^T. A is cut into panels of mr rows, B into panels of nr rows; a panel holds
+// all K columns (a multiple of k_align; the padding is zero), so a panel takes mr * K (nr * K) elements of
+// `elem` bytes.
+template <class T>
+struct Gemm {
+  int mr, nr, k_align, elem;
+  int depth;  // columns summed before the running total is touched: bounds the rounding error
+  // Writes columns [k0, k0+width) of a panel of `count` given rows minus `centre` (may be null); zero-fills
+  // the rest of the rows and the columns up to round_up(width, k_align).
+  void (*pack_a)(const T* const* rows, int count, int64_t width, const T* centre, T scale, int64_t k0,
+                 void* panel);
+  void (*pack_b)(const T* const* rows, int count, int64_t width, const T* centre, T scale, int64_t k0,
+                 void* panel);
+  // c: (a_panels*mr, b_panels*nr), row pitch ldc, overwritten.
+  void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
+};
+
+template <class T>
+struct Kernels {
+  Gemm<T> gemm;
+  // The same panels from a k-major source: source row k holds column k of every packed row.
+  void (*pack_a_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
+  void (*pack_b_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
+  T (*row_max)(const T* x, int64_t n);
+  T (*exp_sum)(T* x, int64_t n, T shift);  // x = exp(x - shift), returns the sum
+  // y = log(max(x, floor)), floor >= smallest normal; returns the smallest x
+  T (*log_row)(const T* x, T* y, int64_t n, T floor);
+  void (*scaled_copy)(T a, const T* x, T* y, int64_t n);  // y = a x
+  void (*axpy)(T a, const T* x, T* y, int64_t n);         // y += a x
+  T (*dot)(const T* x, const T* y, int64_t n);
+  // sum (p-q)(lp-lq), and the sum of the magnitudes of its terms: the scale of its rounding error
+  T (*pair)(const T* p, const T* lp, const T* q, const T* lq, int64_t n, T* magnitude);
+  double (*pair64)(const T* p, const T* lp, const T* q, const T* lq, int64_t n);
+  RowStats<T> (*row_stats)(const T* p, const T* lp, const T* p_centre, const T* l_centre, int64_t n,
+                           bool bf16);
+  // state: 1 = surely near, 0 = surely not, 2 = within the error bound of tau (or NaN)
+  void (*threshold)(const Threshold<T>& t, const T* cross, int64_t n, uint8_t* state);
+  // Adds the rows picked by the bits of 64 source rows: see neighbour_mean. table: 16 nibbles x 16 sums x
+  // width.
+  int gather_width;
+  void (*nibble_table)(const T* const* rows, int64_t column, int64_t width, T* table);
+  void (*nibble_add)(const T* table, uint64_t bits, T* sum);
+  void (*wide_add)(const T* x, T* sum);  // sum += x, gather_width elements
+};
+
+template <class T>
+const Kernels<T>& kernels_for(CpuIsa isa);
+template <class T>
+const Kernels<T>& kernels() {
+  return kernels_for<T>(cpu_isa_level());
+}
+
+// bf16 operands, fp32 sums; null where the level has none.
+const Gemm<float>* bf16_gemm(CpuIsa isa);
+
+}  // namespace vidops::cpu

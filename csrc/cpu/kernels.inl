@@ -1,0 +1,438 @@
+// Generic inner loops over GCC vector types. Included once per instruction set with
+//   VIDOPS_ISA (namespace), VIDOPS_VECTOR_BYTES and VIDOPS_MR set, inside `#pragma GCC target`.
+// Nothing from the standard library is used: an inline function compiled for AVX-512 here could otherwise be
+// the copy that the linker keeps for everybody.
+
+namespace vidops::cpu::VIDOPS_ISA {
+namespace {
+
+#define VIDOPS_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Lanes {
+  static constexpr int W = VIDOPS_VECTOR_BYTES / sizeof(T);
+  static constexpr int MR = VIDOPS_MR;
+  static constexpr int NR = 2 * W;
+  typedef T V __attribute__((vector_size(VIDOPS_VECTOR_BYTES)));
+  typedef T U __attribute__((vector_size(VIDOPS_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+
+typedef int32_t VI __attribute__((vector_size(VIDOPS_VECTOR_BYTES)));
+using VF = Lanes<float>::V;
+
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::U*>(p);
+}
+template <class T>
+VIDOPS_INLINE void store(T* p, typename Lanes<T>::V v) {
+  *reinterpret_cast<typename Lanes<T>::U*>(p) = v;
+}
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V splat(T x) {
+  return x - typename Lanes<T>::V{};
+}
+template <class T>
+VIDOPS_INLINE T lane_sum(typename Lanes<T>::V v) {
+  T part[Lanes<T>::W];
+  store<T>(part, v);
+  for (int half = Lanes<T>::W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+template <class T>
+VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool add) {
+  using L = Lanes<T>;
+  typename L::V acc[L::MR][2] = {};
+  for (int64_t i = 0; i < k; ++i, a += L::MR, b += L::NR) {
+    const typename L::V b0 = load(b), b1 = load(b + L::W);
+#pragma GCC unroll 16
+    for (int r = 0; r < L::MR; ++r) {
+      const typename L::V x = splat(a[r]);
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < L::MR; ++r) {
+    T* row = c + r * ldc;
+    store(row, add ? load(row) + acc[r][0] : acc[r][0]);
+    store(row + L::W, add ? load(row + L::W) + acc[r][1] : acc[r][1]);
+  }
+}
+
+constexpr int64_t kDepth = 256;  // a B panel slice stays in L1 while the A block streams from L2
+
+template <class T>
+void gemm(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, T* c,
+          int64_t ldc) {
+  using L = Lanes<T>;
+  const T* a = static_cast<const T*>(a_raw);
+  const T* b = static_cast<const T*>(b_raw);
+  if (k == 0) {
+    for (int64_t i = 0; i < a_panels * L::MR; ++i)
+      for (int64_t j = 0; j < b_panels * L::NR; ++j) c[i * ldc + j] = 0;
+    return;
+  }
+  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+    const int64_t depth = k - k0 < kDepth ? k - k0 : kDepth;
+    for (int64_t jp = 0; jp < b_panels; ++jp)
+      for (int64_t ip = 0; ip < a_panels; ++ip)
+        micro<T>(depth, a + (ip * k + k0) * L::MR, b + (jp * k + k0) * L::NR,
+                 c + ip * L::MR * ldc + jp * L::NR, ldc, k0 > 0);
+  }
+}
+
+template <class T, int R>
+void pack(const T* const* rows, int count, int64_t width, const T* centre, T scale, int64_t k0, void* panel) {
+  T* out = static_cast<T*>(panel) + k0 * R;
+  constexpr int64_t kStrip = 64;  // short strips keep the transposed lines in L1
+  for (int64_t s = 0; s < width; s += kStrip) {
+    const int64_t end = s + kStrip < width ? s + kStrip : width;
+    for (int r = 0; r < R; ++r) {
+      if (r >= count) {
+        for (int64_t k = s; k < end; ++k) out[k * R + r] = 0;
+      } else if (centre) {
+        const T* row = rows[r];
+        for (int64_t k = s; k < end; ++k) out[k * R + r] = (row[k] - centre[k]) * scale;
+      } else {
+        const T* row = rows[r];
+        for (int64_t k = s; k < end; ++k) out[k * R + r] = row[k] * scale;
+      }
+    }
+  }
+}
+
+template <class T, int R>
+void pack_kmajor(const T* source, int64_t pitch, int count, int64_t k, void* panel) {
+  T* out = static_cast<T*>(panel);
+  for (int64_t i = 0; i < k; ++i, out += R) {
+    const T* row = source + i * pitch;
+    for (int r = 0; r < count; ++r) out[r] = row[r];
+    for (int r = count; r < R; ++r) out[r] = 0;
+  }
+}
+
+template <class T>
+T row_max(const T* x, int64_t n) {
+  using L = Lanes<T>;
+  T best = -__builtin_huge_val();
+  int64_t i = 0;
+  if (n >= L::W) {
+    typename L::V v = load(x);
+    for (i = L::W; i + L::W <= n; i += L::W) {
+      const typename L::V y = load(x + i);
+      v = y > v ? y : v;
+    }
+    for (int l = 0; l < L::W; ++l) best = v[l] > best ? v[l] : best;
+  }
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// exp to about 1 ulp: x = n ln2 + r, degree-7 Taylor on |r| <= ln2/2, 2^n in two factors so that the result
+// underflows gradually. NaN goes through the polynomial.
+VIDOPS_INLINE VF exp_vector(VF x) {
+#if defined(VIDOPS_HAS_SCALEF)
+  x = _mm512_max_ps(splat(-104.0f),
+                    _mm512_min_ps(splat(88.72284f), x));  // a NaN in the second place is returned
+#else
+  x = x > splat(88.72284f) ? splat(88.72284f) : x;
+  x = x < splat(-104.0f) ? splat(-104.0f) : x;
+#endif
+  const VF magic = splat(12582912.0f);
+  const VF biased = x * splat(1.44269504088896341f) + magic;
+  const VF n = biased - magic;
+  const VF r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  VF p = splat(1.9841270e-4f);
+  p = p * r + splat(1.3888889e-3f);
+  p = p * r + splat(8.3333333e-3f);
+  p = p * r + splat(4.1666667e-2f);
+  p = p * r + splat(1.6666667e-1f);
+  p = p * r + splat(0.5f);
+  p = p * r * r + r + splat(1.0f);
+#if defined(VIDOPS_HAS_SCALEF)
+  return _mm512_scalef_ps(p, n);
+#else
+  const VI ni = reinterpret_cast<VI>(biased) - reinterpret_cast<VI>(magic);
+  const VI low = ni >> 1, high = ni - low;
+  return p * reinterpret_cast<VF>((low + 127) << 23) * reinterpret_cast<VF>((high + 127) << 23);
+#endif
+}
+
+VIDOPS_INLINE VF log_vector(VF x) {
+  const VI bits = reinterpret_cast<VI>(x);
+  const VI shifted = bits - 0x3f3504f3;  // sqrt(1/2): the mantissa lands in [sqrt(1/2), sqrt(2))
+  const VI e = shifted >> 23;
+  const VF m = reinterpret_cast<VF>(bits - (e << 23)) - splat(1.0f);
+  const VF ef = __builtin_convertvector(e, VF);
+  VF p = splat(7.0376836292e-2f);
+  p = p * m + splat(-1.1514610310e-1f);
+  p = p * m + splat(1.1676998740e-1f);
+  p = p * m + splat(-1.2420140846e-1f);
+  p = p * m + splat(1.4249322787e-1f);
+  p = p * m + splat(-1.6668057665e-1f);
+  p = p * m + splat(2.0000714765e-1f);
+  p = p * m + splat(-2.4999993993e-1f);
+  p = p * m + splat(3.3333331174e-1f);
+  const VF z = m * m;
+  VF y = p * m * z + ef * splat(-2.12194440e-4f);
+  y = y - splat(0.5f) * z;
+  const VF result = m + y + ef * splat(0.693359375f);
+  return x == x ? result : x;
+}
+
+float exp_sum(float* x, int64_t n, float shift) {
+  constexpr int W = Lanes<float>::W;
+  const VF s = splat(shift);
+  VF sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const VF e = exp_vector(load(x + i + u * W) - s);
+      store(x + i + u * W, e);
+      sum[u] += e;
+    }
+  for (; i < n; i += W) {
+    const int64_t left = n - i < W ? n - i : W;
+    float part[W] = {};
+    for (int64_t l = 0; l < left; ++l) part[l] = x[i + l];
+    store(part, exp_vector(load(part) - s));
+    for (int64_t l = 0; l < left; ++l) x[i + l] = part[l];
+    for (int64_t l = left; l < W; ++l) part[l] = 0;
+    sum[0] += load(part);
+  }
+  return lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+double exp_sum(double* x, int64_t n, double shift) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = __builtin_exp(x[i] - shift);
+  return sum;
+}
+
+float log_row(const float* x, float* y, int64_t n, float floor) {
+  constexpr int W = Lanes<float>::W;
+  const VF f = splat(floor);
+  VF least = splat(__builtin_huge_valf());
+  for (int64_t i = 0; i < n; i += W) {
+    if (i + W <= n) {
+      const VF v = load(x + i);
+      least = v < least ? v : least;
+      store(y + i, log_vector(v < f ? f : v));
+      continue;
+    }
+    float part[W];
+    for (int l = 0; l < W; ++l) part[l] = i + l < n ? x[i + l] : x[i];
+    const VF v = load(part);
+    least = v < least ? v : least;
+    store(part, log_vector(v < f ? f : v));
+    for (int l = 0; i + l < n; ++l) y[i + l] = part[l];
+  }
+  float best = __builtin_huge_valf();
+  for (int l = 0; l < W; ++l) best = least[l] < best ? least[l] : best;
+  return best;
+}
+
+double log_row(const double* x, double* y, int64_t n, double floor) {
+  double least = __builtin_huge_val();
+  for (int64_t i = 0; i < n; ++i) {
+    least = x[i] < least ? x[i] : least;
+    y[i] = __builtin_log(x[i] < floor ? floor : x[i]);
+  }
+  return least;
+}
+
+template <class T>
+void scaled_copy(T a, const T* x, T* y, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(y + i, splat(a) * load(x + i));
+  for (; i < n; ++i) y[i] = a * x[i];
+}
+
+template <class T>
+void axpy(T a, const T* x, T* y, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(y + i, load(y + i) + splat(a) * load(x + i));
+  for (; i < n; ++i) y[i] += a * x[i];
+}
+
+template <class T>
+T dot(const T* x, const T* y, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  typename Lanes<T>::V s0 = {}, s1 = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    s0 += load(x + i) * load(y + i);
+    s1 += load(x + i + W) * load(y + i + W);
+  }
+  T sum = lane_sum<T>(s0 + s1);
+  for (; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V magnitude_of(typename Lanes<T>::V v) {
+  return v < splat(T(0)) ? -v : v;
+}
+
+template <class T>
+T pair(const T* p, const T* lp, const T* q, const T* lq, int64_t n, T* magnitude) {
+  constexpr int W = Lanes<T>::W;
+  typename Lanes<T>::V s0 = {}, s1 = {}, m0 = {}, m1 = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    const typename Lanes<T>::V t0 = (load(p + i) - load(q + i)) * (load(lp + i) - load(lq + i));
+    const typename Lanes<T>::V t1 =
+        (load(p + i + W) - load(q + i + W)) * (load(lp + i + W) - load(lq + i + W));
+    s0 += t0;
+    s1 += t1;
+    m0 += magnitude_of<T>(t0);
+    m1 += magnitude_of<T>(t1);
+  }
+  T sum = lane_sum<T>(s0 + s1), size = lane_sum<T>(m0 + m1);
+  for (; i < n; ++i) {
+    const T t = (p[i] - q[i]) * (lp[i] - lq[i]);
+    sum += t;
+    size += t < 0 ? -t : t;
+  }
+  *magnitude = size;
+  return sum;
+}
+
+VIDOPS_INLINE VF bf16_residual(VF x) {
+  const VI bits = reinterpret_cast<VI>(x);
+  const VI rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+  return reinterpret_cast<VF>(rounded) - x;
+}
+VIDOPS_INLINE Lanes<double>::V bf16_residual(Lanes<double>::V) { return Lanes<double>::V{}; }
+
+template <class T>
+RowStats<T> row_stats(const T* p, const T* lp, const T* p_centre, const T* l_centre, int64_t n, bool bf16) {
+  constexpr int W = Lanes<T>::W;
+  using V = typename Lanes<T>::V;
+  double sums[5] = {};
+  constexpr int64_t kRun = 16 * W;  // short runs in T, totals in double
+  for (int64_t start = 0; start < n; start += kRun) {
+    const int64_t end = start + kRun < n ? start + kRun : n;
+    V s[5] = {};
+    for (int64_t i = start; i < end; i += W) {
+      V x, y;
+      if (i + W <= end) {
+        x = load(p + i) - load(p_centre + i);
+        y = load(lp + i) - load(l_centre + i);
+      } else {
+        T a[W] = {}, b[W] = {};
+        for (int64_t c = i; c < end; ++c) a[c - i] = p[c] - p_centre[c], b[c - i] = lp[c] - l_centre[c];
+        x = load(a);
+        y = load(b);
+      }
+      s[0] += x * y;
+      s[1] += x * x;
+      s[2] += y * y;
+      if (!bf16) continue;
+      const V ex = bf16_residual(x), ey = bf16_residual(y);
+      s[3] += ex * ex;
+      s[4] += ey * ey;
+    }
+    for (int q = 0; q < 5; ++q) sums[q] += double(lane_sum<T>(s[q]));
+  }
+  return {sums[0], T(__builtin_sqrt(sums[1])), T(__builtin_sqrt(sums[2])), T(__builtin_sqrt(sums[3])),
+          T(__builtin_sqrt(sums[4]))};
+}
+
+template <class T>
+void threshold(const Threshold<T>& t, const T* cross, int64_t n, uint8_t* state) {
+  for (int64_t j = 0; j < n; ++j) {
+    const T d = t.row_self + t.self[j] - cross[j];
+    const T band = t.row_p_error * t.l_total[j] + t.row_p_norm * t.l_weight[j] +
+                   t.p_error[j] * t.row_l_total + t.p_norm[j] * t.row_l_weight + (t.row_base + t.base[j]);
+    const int near = d <= t.tau - band, far = d > t.tau + band;
+    state[j] = static_cast<uint8_t>(near | ((near | far) ^ 1) << 1);
+  }
+}
+
+template <class T>
+double pair64(const T* p, const T* lp, const T* q, const T* lq, int64_t n) {
+  double sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int u = 0; u < 4; ++u)
+      sum[u] += (double(p[i + u]) - double(q[i + u])) * (double(lp[i + u]) - double(lq[i + u]));
+  for (; i < n; ++i) sum[0] += (double(p[i]) - double(q[i])) * (double(lp[i]) - double(lq[i]));
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T>
+void nibble_table(const T* const* rows, int64_t column, int64_t width, T* table) {
+  using L = Lanes<T>;
+  for (int g = 0; g < 16; ++g, table += 16 * L::NR) {
+    for (int c = 0; c < L::NR; ++c) table[c] = 0;
+    for (int bit = 0; bit < 4; ++bit) {
+      const T* row = rows[4 * g + bit];
+      const int base = 1 << bit;
+      for (int c = 0; c < L::NR; ++c) table[base * L::NR + c] = row && c < width ? row[column + c] : T(0);
+      for (int low = 1; low < base; ++low)
+        for (int c = 0; c < L::NR; ++c)
+          table[(base + low) * L::NR + c] = table[base * L::NR + c] + table[low * L::NR + c];
+    }
+  }
+}
+
+template <class T>
+void nibble_add(const T* table, uint64_t bits, T* sum) {
+  using L = Lanes<T>;
+  typename L::V s[2][2] = {{load(sum), load(sum + L::W)}, {}};
+#pragma GCC unroll 16
+  for (int g = 0; g < 16; ++g) {
+    const T* entry = table + (g * 16 + ((bits >> (4 * g)) & 15)) * L::NR;
+    s[g & 1][0] += load(entry);
+    s[g & 1][1] += load(entry + L::W);
+  }
+  store(sum, s[0][0] + s[1][0]);
+  store(sum + L::W, s[0][1] + s[1][1]);
+}
+
+template <class T>
+void wide_add(const T* x, T* sum) {
+  constexpr int W = Lanes<T>::W;
+  store(sum, load(sum) + load(x));
+  store(sum + W, load(sum + W) + load(x + W));
+}
+
+template <class T>
+constexpr Kernels<T> make_table() {
+  using L = Lanes<T>;
+  return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), pack<T, L::MR>, pack<T, L::NR>, gemm<T>},
+          pack_kmajor<T, L::MR>,
+          pack_kmajor<T, L::NR>,
+          row_max<T>,
+          exp_sum,
+          log_row,
+          scaled_copy<T>,
+          axpy<T>,
+          dot<T>,
+          pair<T>,
+          pair64<T>,
+          row_stats<T>,
+          threshold<T>,
+          L::NR,
+          nibble_table<T>,
+          nibble_add<T>,
+          wide_add<T>};
+}
+
+}  // namespace
+
+extern const Kernels<float> table_f32;
+extern const Kernels<double> table_f64;
+const Kernels<float> table_f32 = make_table<float>();
+const Kernels<double> table_f64 = make_table<double>();
+
+#undef VIDOPS_INLINE
+
+}  // namespace vidops::cpu::VIDOPS_ISA

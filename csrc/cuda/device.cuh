@@ -1,0 +1,156 @@
+// Everything a kernel needs from the machine, once for the device and once for the host shim of the tests.
+// Kernels use no other intrinsic, no inline assembly and no host header, so that nvcc, NVRTC and g++ (with
+// VIDOPS_SHIM) all compile them.
+#pragma once
+
+#ifdef VIDOPS_SHIM
+#include "../shim/shim.hpp"
+#endif
+
+namespace vidops::cuda {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+#ifdef VIDOPS_SHIM
+#define VIDOPS_DEVICE inline
+#define VIDOPS_KERNEL(threads) void
+#define VIDOPS_SHARED(name) char* name = ::shim::machine().shared
+#define VIDOPS_BODY(host, device) { host }
+#define VIDOPS_INFINITY __builtin_inff()
+#define VIDOPS_UNROLL
+#else
+#define VIDOPS_DEVICE __device__ __forceinline__
+#define VIDOPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define VIDOPS_SHARED(name) extern __shared__ __align__(128) char name[]
+#define VIDOPS_BODY(host, device) { device }
+#define VIDOPS_INFINITY __int_as_float(0x7f800000)
+#define VIDOPS_UNROLL _Pragma("unroll")
+#endif
+
+constexpr int kWarp = 32;
+
+// --- position -------------------------------------------------------------------------------------------------
+VIDOPS_DEVICE int thread_x() VIDOPS_BODY(return (int)shim::machine().current->thread.x;, return (int)threadIdx.x;)
+VIDOPS_DEVICE int block_threads() VIDOPS_BODY(return (int)shim::machine().block_size.x;, return (int)blockDim.x;)
+VIDOPS_DEVICE u32 block_x() VIDOPS_BODY(return shim::machine().block.x;, return blockIdx.x;)
+VIDOPS_DEVICE u32 block_y() VIDOPS_BODY(return shim::machine().block.y;, return blockIdx.y;)
+VIDOPS_DEVICE u32 block_z() VIDOPS_BODY(return shim::machine().block.z;, return blockIdx.z;)
+VIDOPS_DEVICE int lane_id() { return thread_x() % kWarp; }
+VIDOPS_DEVICE int warp_id() { return thread_x() / kWarp; }
+
+// --- synchronisation and exchange; warp operations are always full-mask -----------------------------------------
+VIDOPS_DEVICE void block_sync() VIDOPS_BODY(shim::block_barrier();, __syncthreads();)
+VIDOPS_DEVICE void warp_sync() VIDOPS_BODY(shim::warp_barrier(shim::WarpOp::sync);, __syncwarp();)
+VIDOPS_DEVICE u32 ballot(bool p) VIDOPS_BODY(return shim::vote(p);, return __ballot_sync(0xffffffffu, p);)
+
+template <class T>
+VIDOPS_DEVICE T shuffle(T v, int lane)
+    VIDOPS_BODY(return shim::exchange_from(v, lane);, return __shfl_sync(0xffffffffu, v, lane);)
+
+template <class T>
+VIDOPS_DEVICE T shuffle_xor(T v, int mask)
+    VIDOPS_BODY(return shim::exchange_from(v, lane_id() ^ mask);, return __shfl_xor_sync(0xffffffffu, v, mask);)
+
+// --- atomics on shared memory (integers only: their results do not depend on the order) ---------------------------
+VIDOPS_DEVICE u32 atomic_add_shared(u32* p, u32 v)
+    VIDOPS_BODY(u32 old = *p; *p += v; return old;, return atomicAdd(p, v);)
+VIDOPS_DEVICE void atomic_or_shared(u32* p, u32 v) VIDOPS_BODY(*p |= v;, atomicOr(p, v);)
+
+// --- bits and scalar maths ----------------------------------------------------------------------------------------
+VIDOPS_DEVICE int popcount(u32 v) VIDOPS_BODY(return __builtin_popcount(v);, return __popc(v);)
+VIDOPS_DEVICE int popcount(u64 v) VIDOPS_BODY(return __builtin_popcountll(v);, return __popcll(v);)
+VIDOPS_DEVICE int lowest_bit(u32 v) VIDOPS_BODY(return __builtin_ctz(v);, return __ffs((int)v) - 1;)
+VIDOPS_DEVICE int lowest_bit(u64 v) VIDOPS_BODY(return __builtin_ctzll(v);, return __ffsll((i64)v) - 1;)
+VIDOPS_DEVICE u32 float_bits(float v) VIDOPS_BODY(u32 b; memcpy(&b, &v, 4); return b;, return __float_as_uint(v);)
+VIDOPS_DEVICE float bits_float(u32 b) VIDOPS_BODY(float v; memcpy(&v, &b, 4); return v;, return __uint_as_float(b);)
+VIDOPS_DEVICE u32 multiply_high(u32 a, u32 b) VIDOPS_BODY(return (u32)((u64)a * b >> 32);, return __umulhi(a, b);)
+VIDOPS_DEVICE float exp2_fast(float v)
+    VIDOPS_BODY(return exp2f(v);, float r; asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
+VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
+VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)
+VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
+VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
+// NaN propagates, unlike with fmaxf.
+VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+VIDOPS_DEVICE float half_to_float(u16 h)
+    VIDOPS_BODY(_Float16 v; memcpy(&v, &h, 2); return (float)v;,
+                float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h)); return r;)
+VIDOPS_DEVICE u16 float_to_half(float v)
+    VIDOPS_BODY(_Float16 h = (_Float16)v; u16 b; memcpy(&b, &h, 2); return b;,
+                u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r;)
+VIDOPS_DEVICE float bfloat_to_float(u16 b) { return bits_float((u32)b << 16); }
+// Round to nearest even; only for finite values.
+VIDOPS_DEVICE u16 float_to_bfloat(float v) {
+  const u32 b = float_bits(v);
+  return (u16)((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+}
+
+// --- asynchronous copies global -> shared ---------------------------------------------------------------------------
+// 16 bytes, both sides aligned to 16; without `valid` the destination is zero-filled and nothing is read.
+VIDOPS_DEVICE void copy_async(void* to, const void* from, bool valid)
+    VIDOPS_BODY(shim::copy_async(to, from, valid ? 16 : 0);,
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
+                             "l"(from), "r"(valid ? 16 : 0) : "memory");)
+VIDOPS_DEVICE void copy_commit()
+    VIDOPS_BODY(shim::copy_commit();, asm volatile("cp.async.commit_group;" ::: "memory");)
+// Waits until at most `kAllowed` of this thread's groups are in flight.
+template <int kAllowed>
+VIDOPS_DEVICE void copy_wait()
+    VIDOPS_BODY(shim::copy_wait(kAllowed);, asm volatile("cp.async.wait_group %0;" ::"n"(kAllowed) : "memory");)
+
+// --- tensor cores ---------------------------------------------------------------------------------------------------
+// Four 8x8 matrices of 16-bit elements; lane 8m+i names row i of matrix m.
+VIDOPS_DEVICE void load_matrix(u32 (&r)[4], const void* row)
+    VIDOPS_BODY(shim::load_matrix(r, row, false);,
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                             : "r"((u32)__cvta_generic_to_shared(row)) : "memory");)
+VIDOPS_DEVICE void load_matrix_transposed(u32 (&r)[4], const void* row)
+    VIDOPS_BODY(shim::load_matrix(r, row, true);,
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                             : "r"((u32)__cvta_generic_to_shared(row)) : "memory");)
+// c (16x8, fp32) += a (16x16, row) b (16x8, col).
+VIDOPS_DEVICE void mma_half(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2])
+    VIDOPS_BODY(shim::multiply_add(c, a, b, half_to_float);,
+                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                             "{%8,%9}, {%0,%1,%2,%3};"
+                             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));)
+VIDOPS_DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2])
+    VIDOPS_BODY(shim::multiply_add(c, a, b, bfloat_to_float);,
+                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                             "{%8,%9}, {%0,%1,%2,%3};"
+                             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));)
+
+// --- small collectives built from the above ----------------------------------------------------------------------------
+VIDOPS_DEVICE float warp_sum(float v) {
+  VIDOPS_UNROLL
+  for (int mask = 16; mask; mask >>= 1) v += shuffle_xor(v, mask);
+  return v;
+}
+
+VIDOPS_DEVICE float warp_max(float v) {
+  VIDOPS_UNROLL
+  for (int mask = 16; mask; mask >>= 1) v = larger(v, shuffle_xor(v, mask));
+  return v;
+}
+
+// Sum over the block, the same in every thread; `scratch` holds one float per warp.
+VIDOPS_DEVICE float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  block_sync();
+  if (lane_id() == 0) scratch[warp_id()] = v;
+  block_sync();
+  float total = 0;
+  for (int w = 0; w < block_threads() / kWarp; ++w) total += scratch[w];
+  return total;
+}
+
+}  // namespace vidops::cuda

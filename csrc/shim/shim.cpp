@@ -1,0 +1,336 @@
+#include "shim.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+
+// Saves the callee-saved registers and the floating-point control words on the current stack, publishes the stack
+// pointer in *save and continues on `to`.
+extern "C" void vidops_shim_switch(void** save, void* to);
+asm(R"(
+.text
+.globl vidops_shim_switch
+.type vidops_shim_switch, @function
+vidops_shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  subq $8, %rsp
+  stmxcsr (%rsp)
+  fnstcw 4(%rsp)
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  ldmxcsr (%rsp)
+  fldcw 4(%rsp)
+  addq $8, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size vidops_shim_switch, . - vidops_shim_switch
+)");
+
+namespace shim {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kMaxThreads = 1024;
+
+void to_scheduler(Fiber& fiber) { vidops_shim_switch(&fiber.stack_pointer, machine().scheduler_stack); }
+
+void fiber_entry() {
+  Machine& m = machine();
+  (*m.body)();
+  m.current->wait = Wait::done;
+  to_scheduler(*m.current);
+  std::abort();  // a finished fiber is never resumed
+}
+
+void allocate_stack(Fiber& fiber) {
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) throw Fault("no memory for a fiber stack");
+  // A kernel that overruns its stack must stop here, not scribble over its neighbour's.
+  if (mprotect(stack, 4096, PROT_NONE) != 0) throw Fault("no guard page for a fiber stack");
+  fiber.stack = static_cast<char*>(stack);
+}
+
+void prepare(Fiber& fiber) {
+  if (!fiber.stack) allocate_stack(fiber);
+  auto** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack + kStackBytes) & ~uintptr_t{63});
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&fiber_entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  --top;
+  const uint32_t mxcsr = 0x1f80;
+  const uint16_t control = 0x37f;
+  std::memcpy(top, &mxcsr, sizeof mxcsr);
+  std::memcpy(reinterpret_cast<char*>(top) + 4, &control, sizeof control);
+  fiber.stack_pointer = top;
+  fiber.wait = Wait::ready;
+  fiber.op = WarpOp::none;
+  fiber.phase = 0;
+  fiber.open.clear();
+  fiber.groups.clear();
+}
+
+class Scheduler {
+ public:
+  Scheduler(Machine& m, unsigned block_id, const char* kernel)
+      : m_(m), rng_(m.seed * 7919u + block_id), kernel_(kernel), block_id_(block_id) {
+    warps_.resize((m.threads + kWarp - 1) / kWarp);
+    std::iota(warps_.begin(), warps_.end(), 0);
+  }
+
+  void run() {
+    while (done_ < m_.threads) {
+      bool progress = false;
+      if (m_.seed) std::shuffle(warps_.begin(), warps_.end(), rng_);
+      for (int warp : warps_) progress |= run_warp(warp);
+      progress |= release_block();
+      if (!progress) throw Fault(describe("deadlock"));
+    }
+    for (int i = 0; i < m_.threads; ++i) {
+      const Fiber& f = m_.fibers[i];
+      if (!f.open.empty()) throw Fault(describe("asynchronous copies were never committed"));
+    }
+  }
+
+ private:
+  bool run_warp(int warp) {
+    const int first = warp * kWarp, last = std::min(m_.threads, first + kWarp);
+    int budget = m_.seed >= 100 ? 1 + static_cast<int>(rng_() % 400) : 1;
+    bool progress = false;
+    for (bool again = true; again && budget > 0; --budget) {
+      again = false;
+      for (int i = first; i < last; ++i) {
+        if (m_.fibers[i].wait != Wait::ready) continue;
+        step(m_.fibers[i]);
+        progress = true;
+      }
+      if (release_warp(first, last)) again = progress = true;
+    }
+    return progress;
+  }
+
+  void step(Fiber& fiber) {
+    m_.current = &fiber;
+    vidops_shim_switch(&m_.scheduler_stack, fiber.stack_pointer);
+    if (fiber.wait == Wait::done) ++done_;
+    if (fiber.wait == Wait::faulted) throw Fault(describe(m_.fault));
+  }
+
+  bool release_warp(int first, int last) {
+    int waiting = 0, finished = 0;
+    WarpOp op = WarpOp::none;
+    for (int i = first; i < last; ++i) {
+      const Fiber& f = m_.fibers[i];
+      finished += f.wait == Wait::done;
+      if (f.wait != Wait::warp) continue;
+      ++waiting;
+      if (op == WarpOp::none) op = f.op;
+      if (f.op != op) throw Fault(describe("lanes of one warp are in different warp operations"));
+    }
+    if (waiting == 0 || waiting != last - first) {
+      if (waiting && waiting + finished == last - first)
+        throw Fault(describe("a full-mask warp operation after some lanes have left"));
+      return false;
+    }
+    for (int i = first; i < last; ++i) m_.fibers[i].wait = Wait::ready;
+    return true;
+  }
+
+  bool release_block() {
+    int waiting = 0;
+    for (int i = 0; i < m_.threads; ++i) waiting += m_.fibers[i].wait == Wait::block;
+    if (waiting && waiting + done_ == m_.threads && done_)
+      throw Fault(describe("a block barrier after some threads have left"));
+    if (waiting != m_.threads) return false;
+    for (int i = 0; i < m_.threads; ++i) m_.fibers[i].wait = Wait::ready;
+    return true;
+  }
+
+  std::string describe(const std::string& what) const {
+    int count[5] = {};
+    for (int i = 0; i < m_.threads; ++i) ++count[static_cast<int>(m_.fibers[i].wait)];
+    return std::string(kernel_) + ", block " + std::to_string(block_id_) + ": " + what + " (ready " +
+           std::to_string(count[0]) + ", at block barrier " + std::to_string(count[1]) + ", at warp operation " +
+           std::to_string(count[2]) + ", done " + std::to_string(count[3]) + ")";
+  }
+
+  Machine& m_;
+  std::mt19937 rng_;
+  const char* kernel_;
+  unsigned block_id_;
+  std::vector<int> warps_;
+  int done_ = 0;
+};
+
+}  // namespace
+
+Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel, const char* name) {
+  Machine& m = machine();
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > kMaxThreads || threads % kWarp || blocks == 0)
+    throw Fault(std::string(name) + ": launch shape not allowed");
+  if (grid.x > 0x7fffffffu || grid.y > 65535u || grid.z > 65535u)
+    throw Fault(std::string(name) + ": grid too large");
+  if (shared_bytes > kMaxSharedBytes) throw Fault(std::string(name) + ": too much shared memory");
+
+  m.grid = grid;
+  m.block_size = block;
+  m.threads = static_cast<int>(threads);
+  m.body = &kernel;
+  if (m.fibers.size() < threads) m.fibers.resize(threads);
+  m.exchange.resize((threads + kWarp - 1) / kWarp);
+
+  std::vector<uint32_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (m.seed) {
+    std::mt19937 rng(m.seed);
+    std::shuffle(order.begin(), order.end(), rng);
+  }
+  const int poison = m.seed % 2 ? 0xcb : 0xff;
+  for (uint32_t id : order) {
+    m.block = {id % grid.x, id / grid.x % grid.y, id / grid.x / grid.y};
+    // Exactly the bytes asked for, from the heap: the address sanitizer sees an overrun of shared memory too.
+    std::unique_ptr<char, void (*)(void*)> shared(
+        shared_bytes ? static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)) : nullptr,
+        std::free);
+    if (shared_bytes) std::memset(shared.get(), poison, shared_bytes);
+    m.shared = shared.get();
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& f = m.fibers[i];
+      f.linear = static_cast<int>(i);
+      f.thread = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+      prepare(f);
+    }
+    Scheduler(m, id, name).run();
+  }
+}
+
+void block_barrier() {
+  Fiber& f = *machine().current;
+  f.wait = Wait::block;
+  to_scheduler(f);
+}
+
+void warp_barrier(WarpOp op) {
+  Fiber& f = *machine().current;
+  f.wait = Wait::warp;
+  f.op = op;
+  f.phase ^= 1u;
+  to_scheduler(f);
+}
+
+void fail(const std::string& what) {
+  Machine& m = machine();
+  m.fault = what;
+  m.current->wait = Wait::faulted;
+  to_scheduler(*m.current);
+  std::abort();  // a faulted fiber is never resumed
+}
+
+static void perform(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
+}
+
+void copy_async(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15)
+    fail("asynchronous 16-byte copy is not aligned");
+  const Copy copy{to, from, bytes};
+  if (machine().seed % 2)
+    perform(copy);
+  else
+    machine().current->open.push_back(copy);
+}
+
+void copy_commit() {
+  Fiber& f = *machine().current;
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+
+void copy_wait(int allowed) {
+  auto& groups = machine().current->groups;
+  while (groups.size() > static_cast<size_t>(allowed)) {
+    for (const Copy& copy : groups.front()) perform(copy);
+    groups.erase(groups.begin());
+  }
+}
+
+void load_matrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) & 15) fail("ldmatrix row address is not aligned");
+  Machine& m = machine();
+  Fiber& f = *m.current;
+  Exchange& e = m.exchange[f.warp()];
+  const unsigned slot = f.phase;
+  const int lane = f.lane(), group = lane / 4, pair = lane % 4 * 2;
+  e.address[slot][lane] = row;
+  warp_barrier(WarpOp::ldmatrix);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    auto element = [&](int i, int j) {
+      return static_cast<const uint16_t*>(e.address[slot][matrix * 8 + i])[j];
+    };
+    const uint32_t low = transposed ? element(pair, group) : element(group, pair);
+    const uint32_t high = transposed ? element(pair + 1, group) : element(group, pair + 1);
+    r[matrix] = low | high << 16;
+  }
+}
+
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*decode)(uint16_t)) {
+  Machine& m = machine();
+  Fiber& f = *m.current;
+  Exchange& e = m.exchange[f.warp()];
+  const unsigned slot = f.phase;
+  const int lane = f.lane(), group = lane / 4, pair = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    float* to = &e.a[slot][group + i % 2 * 8][pair + i / 2 * 8];
+    to[0] = decode(static_cast<uint16_t>(a[i]));
+    to[1] = decode(static_cast<uint16_t>(a[i] >> 16));
+  }
+  for (int i = 0; i < 2; ++i) {
+    e.b[slot][pair + i * 8][group] = decode(static_cast<uint16_t>(b[i]));
+    e.b[slot][pair + i * 8 + 1][group] = decode(static_cast<uint16_t>(b[i] >> 16));
+  }
+  warp_barrier(WarpOp::mma);
+  const float(&left)[16][16] = e.a[slot];
+  const float(&right)[16][8] = e.b[slot];
+  for (int k = 0; k < 16; ++k) {
+    const float b0 = right[k][pair], b1 = right[k][pair + 1];
+    c[0] += left[group][k] * b0;
+    c[1] += left[group][k] * b1;
+    c[2] += left[group + 8][k] * b0;
+    c[3] += left[group + 8][k] * b1;
+  }
+}
+
+uint32_t vote(bool predicate) {
+  Machine& m = machine();
+  Fiber& f = *m.current;
+  Exchange& e = m.exchange[f.warp()];
+  const unsigned slot = f.phase;
+  e.word[slot][f.lane()] = predicate;
+  warp_barrier(WarpOp::ballot);
+  uint32_t mask = 0;
+  for (int i = 0; i < kWarp; ++i) mask |= static_cast<uint32_t>(e.word[slot][i] & 1) << i;
+  return mask;
+}
+
+}  // namespace shim

@@ -1,0 +1,1 @@
+"""Paper models: thin nets over vidops ops, one base name per paper. Import the one you need."""

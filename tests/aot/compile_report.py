@@ -1,0 +1,216 @@
+"""Compile every Triton kernel of the library over its real launches for a GPU that need not be there.
+
+Run as a script, without TRITON_INTERPRET: ``python compile_report.py 9.0 [name ...]`` prints one JSON line
+per kernel variant. The launches are those that the library's own launchers make for tensors on the meta
+device, so what is compiled here and what runs on a card cannot drift apart.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vidops.kernels import (
+    _common,
+    assign_clusters,
+    assign_rows,
+    attention_head_mean,
+    greedy_absorb,
+    greedy_absorb_kl,
+    neighbour_mean,
+    segment_mean,
+    symmetric_kl,
+    symmetric_kl_adjacency,
+    video_attention,
+)
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def heads_of(head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of one 3-frame window, keys and values of sparse key frames (paper-scale token counts)."""
+    return tuple(empty(1, 8, tokens, head_size, dtype=dtype) for tokens in (3456, 8064, 8064))  # type: ignore[return-value]
+
+
+def map_forward(head_size: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
+    q, k, _ = heads_of(head_size, dtype)
+    attention_head_mean.forward(q, k, 0.1, dropout, 7, True)
+
+
+def map_backward(head_size: int, dtype: torch.dtype) -> None:
+    q, k, _ = heads_of(head_size, dtype)
+    acc = _common.accumulator(dtype)
+    grad, lse = empty(1, 3456, 8064, dtype=acc), empty(1, 8, 3456, dtype=acc)
+    attention_head_mean.backward(grad, q, k, lse, 0.1, 0.0, 0)
+
+
+def attention_forward(head_size: int, dtype: torch.dtype, dropout: float = 0.4) -> None:
+    video_attention.forward(*heads_of(head_size, dtype), 0.1, dropout, 7, True)
+
+
+def attention_backward(head_size: int, dtype: torch.dtype, dropout: float = 0.4) -> None:
+    q, k, v = heads_of(head_size, dtype)
+    acc = _common.accumulator(dtype)
+    maps, lse = empty(1, 3456, 8064, dtype=acc), empty(1, 8, 3456, dtype=acc)
+    video_attention.backward(q, maps, q, k, v, q, lse, 0.1, dropout, 7, True)
+
+
+def clusters(head_size: int, dtype: torch.dtype) -> None:
+    q, k, _ = heads_of(head_size, dtype)
+    centroids = empty(100, 8064, dtype=_common.accumulator(dtype))
+    assign_clusters.forward(q[0], k[0], empty(0, dtype=centroids.dtype), centroids, centroids, 0.1)
+
+
+def rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty(3456, 8064, dtype=dtype), empty(3456, 8064, dtype=dtype)
+
+
+# name -> a call whose launches are compiled. Head sizes: the paper's, a power of two, the largest.
+CASES: dict[str, Callable[[], Any]] = {}
+for _dtype in (F16, BF16, F32, F64):
+    _name = str(_dtype).removeprefix("torch.")
+    for _size in (48, 64, 128, 256, 512):
+        CASES[f"head_mean-{_name}-{_size}"] = lambda s=_size, d=_dtype: map_forward(s, d)
+        CASES[f"head_mean_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: map_backward(s, d)
+        CASES[f"attention-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_forward(s, d)
+        CASES[f"attention_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_backward(s, d)
+        CASES[f"assign_clusters-{_name}-{_size}"] = lambda s=_size, d=_dtype: clusters(s, d)
+for _dtype in (F32, F64):
+    _name = str(_dtype).removeprefix("torch.")
+    CASES[f"kl-{_name}"] = lambda d=_dtype: symmetric_kl.forward(
+        *(empty(1, 3456, 8064, dtype=d) for _ in range(4)), False
+    )
+    CASES[f"kl_same-{_name}"] = lambda d=_dtype: symmetric_kl.forward(
+        *(empty(1, 3456, 8064, dtype=d) for _ in range(4)), True
+    )
+    CASES[f"adjacency-{_name}"] = lambda d=_dtype: symmetric_kl_adjacency.forward(*rows(d), 1.0, False)
+    CASES[f"absorb_kl-{_name}"] = lambda d=_dtype: greedy_absorb_kl.forward(*rows(d), 1.0)
+    CASES[f"mean-{_name}"] = lambda d=_dtype: neighbour_mean.forward(
+        empty(3456, 54, dtype=torch.int64), rows(d)[0]
+    )
+    CASES[f"segment-{_name}"] = lambda d=_dtype: segment_mean.forward(
+        rows(d)[0], empty(3456, dtype=torch.int64), 100
+    )
+    CASES[f"assign_rows-{_name}"] = lambda d=_dtype: assign_rows.forward(
+        *rows(d), empty(100, 8064, dtype=d), empty(100, 8064, dtype=d)
+    )
+CASES["filtered_adjacency-float32"] = lambda: symmetric_kl_adjacency.forward(*rows(F32), 1.0, True)
+
+
+def single() -> None:
+    """Every size is one: the launcher makes constants of sizes and strides then; kernels must survive it."""
+    one, two, many = empty(1, 1), empty(1, 1, 1), empty(1, 1, 1, 1)
+    bits, label = empty(1, 1, dtype=torch.int64), empty(1, dtype=torch.int64)
+    attention_head_mean.forward(many, many, 1.0, 0.5, 1, True)
+    attention_head_mean.backward(two, many, many, two, 1.0, 0.5, 1)
+    video_attention.forward(many, many, many, 1.0, 0.5, 1, True)
+    video_attention.backward(many, two, many, many, many, many, two, 1.0, 0.5, 1, True)
+    symmetric_kl.forward(two, two, two, two, True)
+    for filtered in (False, True):
+        symmetric_kl_adjacency.forward(one, one, 1.0, filtered)
+    neighbour_mean.forward(bits, one)
+    greedy_absorb.forward(bits)
+    greedy_absorb_kl.forward(one, one, 1.0)
+    segment_mean.forward(one, label, 1)
+    assign_rows.forward(one, one, one, one)
+    assign_clusters.forward(two, two, empty(0), one, one, 1.0)
+
+
+CASES["single"] = single
+CASES["absorb"] = lambda: greedy_absorb.forward(empty(7200, 113, dtype=torch.int64))
+
+
+def source_of(launch: _common.Launch) -> tuple[ASTSource, Any]:
+    """The source the just-in-time launcher would build: unit integers constant, multiples of 16 marked."""
+    names, hints = launch.kernel.arg_names, launch.kernel.params
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif hints[i].annotation_type:
+            signature[name] = hints[i].annotation_type
+        elif value == 1 and not hints[i].do_not_specialize:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    for name, value in launch.constants.items():
+        signature[name], constants[name] = "constexpr", value
+    return ASTSource(launch.kernel, signature, constants, attributes), signature
+
+
+def report(case: str, launch: _common.Launch, arch: int) -> dict[str, Any]:
+    source, _ = source_of(launch)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        usage = run_tool("--dump-resource-usage", binary.name)
+        code = run_tool("--dump-sass", binary.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {
+        "case": case,
+        "kernel": launch.kernel.__name__,
+        "arch": arch,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "warps": launch.num_warps,
+        "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|DMMA)\b", code))),
+    }
+
+
+def run_tool(*arguments: str) -> str:
+    command = [TOOLS / "cuobjdump", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    major, minor = (int(part) for part in sys.argv[1].split("."))
+    seen = set()
+    for case in sys.argv[2:] or CASES:
+        with _common.recording((major, minor)) as launches:
+            CASES[case]()
+        for launch in launches:
+            source, signature = source_of(launch)
+            key = (launch.kernel.__name__, str(signature), str(source.attrs), str(launch.constants))
+            if key not in seen:
+                seen.add(key)
+                print(json.dumps(report(case, launch, major * 10 + minor)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,509 @@
+// Every CPU operator at every instruction-set level against naive double loops: odd sizes, strided inputs,
+// guard bands behind the outputs, one and two threads bit for bit. Built with the address and
+// undefined-behaviour sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "vidops/assign_clusters.h"
+#include "vidops/assign_rows.h"
+#include "vidops/attention_head_mean.h"
+#include "vidops/cpu_isa.h"
+#include "vidops/greedy_absorb.h"
+#include "vidops/greedy_absorb_kl.h"
+#include "vidops/neighbour_mean.h"
+#include "vidops/segment_mean.h"
+#include "vidops/symmetric_kl.h"
+#include "vidops/symmetric_kl_adjacency.h"
+#include "vidops/video_attention.h"
+
+namespace vidops::cpu {
+int64_t& panel_budget();
+}
+
+using namespace vidops;
+
+namespace {
+
+int failures = 0, checks = 0;
+std::string where;
+
+void expect(bool ok, const std::string& what) {
+  ++checks;
+  if (ok) return;
+  ++failures;
+  if (failures < 40) std::printf("FAILED %s: %s\n", where.c_str(), what.c_str());
+}
+
+template <class T>
+DType dtype_of();
+template <>
+DType dtype_of<float>() {
+  return DType::f32;
+}
+template <>
+DType dtype_of<double>() {
+  return DType::f64;
+}
+template <>
+DType dtype_of<int64_t>() {
+  return DType::i64;
+}
+
+// A tensor with `pad` unused elements after every row and a guard band behind all; unused elements hold a
+// sentinel.
+template <class T>
+struct Array {
+  std::vector<int64_t> shape;
+  int64_t pitch, rows;
+  std::vector<T> data;
+  static constexpr int64_t kGuard = 32;
+
+  explicit Array(std::vector<int64_t> s, int64_t pad = 0) : shape(std::move(s)) {
+    pitch = shape.back() + pad;
+    rows = 1;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+    data.assign(static_cast<size_t>(rows * pitch + kGuard), sentinel());
+  }
+  static T sentinel() { return static_cast<T>(-12345); }
+  TensorView view() {
+    TensorView v;
+    v.data = data.data();
+    v.dtype = dtype_of<T>();
+    v.rank = static_cast<int32_t>(shape.size());
+    int64_t step = 1;
+    for (int i = v.rank - 1; i >= 0; --i) {
+      v.shape[i] = shape[i];
+      v.stride[i] = step;
+      step *= i == v.rank - 1 ? pitch : shape[i];
+    }
+    return v;
+  }
+  T& at(int64_t row, int64_t c) { return data[static_cast<size_t>(row * pitch + c)]; }
+  int64_t width() const { return shape.back(); }
+  bool guarded() const {
+    for (int64_t i = rows * pitch; i < rows * pitch + kGuard; ++i)
+      if (data[static_cast<size_t>(i)] != sentinel()) return false;
+    return true;
+  }
+  bool same_bits(const Array& other) const {
+    return std::memcmp(data.data(), other.data.data(), data.size() * sizeof(T)) == 0;
+  }
+};
+
+std::mt19937_64 generator(7);
+
+template <class T>
+Array<T> normal(std::vector<int64_t> shape, double spread, int64_t pad) {
+  Array<T> a(std::move(shape), pad);
+  std::normal_distribution<double> draw(0.0, spread);
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t c = 0; c < a.width(); ++c) a.at(r, c) = static_cast<T>(draw(generator));
+  return a;
+}
+
+// Rows of clustered distributions and their logs.
+template <class T>
+void maps(int64_t n, int64_t m, int64_t pad, Array<T>& p, Array<T>& log_p) {
+  p = normal<T>({n, m}, 0.6, pad);
+  log_p = Array<T>({n, m}, pad + 1);
+  Array<T> base = normal<T>({3, m}, 1.5, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int64_t c = 0; c < m; ++c) sum += std::exp(double(p.at(i, c) += base.at(i % 3, c)));
+    for (int64_t c = 0; c < m; ++c) {
+      p.at(i, c) = static_cast<T>(std::exp(double(p.at(i, c))) / sum);
+      log_p.at(i, c) = std::log(p.at(i, c));
+    }
+  }
+}
+
+template <class T>
+double distance(Array<T>& p, Array<T>& lp, int64_t i, Array<T>& q, Array<T>& lq, int64_t j) {
+  double d = 0;
+  for (int64_t c = 0; c < p.width(); ++c)
+    d += (double(p.at(i, c)) - double(q.at(j, c))) * (double(lp.at(i, c)) - double(lq.at(j, c)));
+  return d;
+}
+
+// Independent statement of the generator: 10 rounds on four words.
+bool kept(uint64_t seed, uint64_t element, double p) {
+  uint32_t x[4] = {uint32_t(element), uint32_t(element >> 32), 0, 0},
+           key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  for (int r = 0; r < 10; ++r) {
+    const uint64_t a = 0xD2511F53ull * x[0], b = 0xCD9E8D57ull * x[2];
+    const uint32_t y[4] = {uint32_t(b >> 32) ^ x[1] ^ key[0], uint32_t(b), uint32_t(a >> 32) ^ x[3] ^ key[1],
+                           uint32_t(a)};
+    std::memcpy(x, y, sizeof(y));
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return x[0] >= uint64_t(std::floor(p * 4294967296.0));
+}
+
+template <class T>
+double tolerance() {
+  return sizeof(T) == 4 ? 2e-5 : 1e-11;
+}
+
+template <class T>
+void close(Array<T>& got, const std::vector<double>& want, const std::string& what,
+           double tol = tolerance<T>()) {
+  double worst = 0, scale = 1e-30;
+  for (double w : want) scale = std::max(scale, std::abs(w));
+  for (int64_t r = 0; r < got.rows; ++r)
+    for (int64_t c = 0; c < got.width(); ++c) {
+      const double error = std::abs(double(got.at(r, c)) - want[size_t(r * got.width() + c)]);
+      worst = error <= worst ? worst : error;
+      if (std::isnan(error)) worst = std::numeric_limits<double>::infinity();
+    }
+  expect(worst <= tol * scale,
+         what + ": error " + std::to_string(worst) + " at scale " + std::to_string(scale));
+  expect(got.guarded(), what + ": wrote past its end");
+}
+
+struct Shape {
+  int64_t b, h, n, m, d;
+};
+
+template <class T>
+void attention(const Shape& s, double drop) {
+  const int64_t pad = 3;
+  auto q = normal<T>({s.b, s.h, s.n, s.d}, 1, pad), k = normal<T>({s.b, s.h, s.m, s.d}, 1, pad + 2);
+  auto v = normal<T>({s.b, s.h, s.m, s.d}, 1, 1), go = normal<T>({s.b, s.h, s.n, s.d}, 1, 2);
+  auto gm = normal<T>({s.b, s.n, s.m}, 1, 1);
+  const double scale = 0.7 / std::sqrt(double(s.d));
+  const uint64_t seed = 0x123456789abcdefull;
+  std::vector<double> P(s.b * s.n * s.m), out(s.b * s.h * s.n * s.d), lse(s.b * s.h * s.n), dq(out.size()),
+      dk(s.b * s.h * s.m * s.d), dv(dk.size()), dq_map(dq.size()), dk_map(dk.size());
+  for (int64_t b = 0; b < s.b; ++b)
+    for (int64_t h = 0; h < s.h; ++h)
+      for (int64_t i = 0; i < s.n; ++i) {
+        const int64_t bh = b * s.h + h, row = bh * s.n + i;
+        std::vector<double> w(s.m), keep(s.m), g(s.m), g_map(s.m);
+        double sum = 0, delta = 0, delta_map = 0;
+        for (int64_t j = 0; j < s.m; ++j) {
+          double x = 0;
+          for (int64_t c = 0; c < s.d; ++c) x += double(q.at(row, c)) * double(k.at(bh * s.m + j, c));
+          sum += w[j] = std::exp(x * scale);
+        }
+        lse[row] = std::log(sum);
+        for (int64_t j = 0; j < s.m; ++j) {
+          w[j] /= sum;
+          keep[j] = drop == 0 ? 1 : kept(seed, uint64_t(row * s.m + j), drop) ? 1 / (1 - drop) : 0;
+          P[(b * s.n + i) * s.m + j] += w[j] * keep[j] / double(s.h);
+          g_map[j] = double(gm.at(b * s.n + i, j)) / double(s.h) * keep[j];
+          for (int64_t c = 0; c < s.d; ++c) {
+            out[row * s.d + c] += w[j] * keep[j] * double(v.at(bh * s.m + j, c));
+            g[j] += double(go.at(row, c)) * double(v.at(bh * s.m + j, c)) * keep[j];
+            dv[(bh * s.m + j) * s.d + c] += w[j] * keep[j] * double(go.at(row, c));
+          }
+          g[j] += g_map[j];
+          delta += w[j] * g[j], delta_map += w[j] * g_map[j];
+        }
+        for (int64_t j = 0; j < s.m; ++j)
+          for (int64_t c = 0; c < s.d; ++c) {
+            const double ds = w[j] * (g[j] - delta) * scale, ds_map = w[j] * (g_map[j] - delta_map) * scale;
+            dq[row * s.d + c] += ds * double(k.at(bh * s.m + j, c));
+            dk[(bh * s.m + j) * s.d + c] += ds * double(q.at(row, c));
+            dq_map[row * s.d + c] += ds_map * double(k.at(bh * s.m + j, c));
+            dk_map[(bh * s.m + j) * s.d + c] += ds_map * double(q.at(row, c));
+          }
+      }
+  Array<T> p({s.b, s.n, s.m}), lp({s.b, s.n, s.m}), l({s.b, s.h, s.n});
+  auto head_mean = [&](int threads, Array<T>& map) {
+    AttentionHeadMeanParams a;
+    a.q = q.view(), a.k = k.view(), a.p = map.view(), a.lse = l.view(), a.scale = scale, a.dropout_p = drop,
+    a.seed = seed;
+    if (drop == 0) a.log_p = lp.view();
+    attention_head_mean_forward_cpu(a, threads);
+  };
+  head_mean(1, p);
+  close(p, P, "map");
+  close(l, lse, "lse");
+  if (drop == 0) {
+    std::vector<double> logs(P);
+    for (double& x : logs) x = std::log(x);
+    close(lp, logs, "log map");
+  }
+  Array<T> p2({s.b, s.n, s.m});
+  head_mean(2, p2);
+  expect(p.same_bits(p2), "map depends on the number of threads");
+
+  Array<T> gq({s.b, s.h, s.n, s.d}), gk({s.b, s.h, s.m, s.d}), gv({s.b, s.h, s.m, s.d}),
+      o({s.b, s.h, s.n, s.d});
+  AttentionHeadMeanBackwardParams ab;
+  ab.grad_p = gm.view(), ab.q = q.view(), ab.k = k.view(), ab.lse = l.view(), ab.grad_q = gq.view(),
+  ab.grad_k = gk.view();
+  ab.scale = scale, ab.dropout_p = drop, ab.seed = seed;
+  attention_head_mean_backward_cpu(ab, 2);
+  close(gq, dq_map, "map grad q");
+  close(gk, dk_map, "map grad k");
+
+  VideoAttentionParams va;
+  va.q = q.view(), va.k = k.view(), va.v = v.view(), va.out = o.view(), va.map = p2.view(), va.lse = l.view();
+  va.scale = scale, va.dropout_p = drop, va.seed = seed;
+  video_attention_forward_cpu(va, 2);
+  close(o, out, "attention out");
+  close(p2, P, "attention map");
+  VideoAttentionBackwardParams vb;
+  vb.grad_out = go.view(), vb.grad_map = gm.view(), vb.q = q.view(), vb.k = k.view(), vb.v = v.view(),
+  vb.out = o.view();
+  vb.lse = l.view(), vb.grad_q = gq.view(), vb.grad_k = gk.view(), vb.grad_v = gv.view();
+  vb.scale = scale, vb.dropout_p = drop, vb.seed = seed;
+  video_attention_backward_cpu(vb, 2);
+  close(gq, dq, "grad q");
+  close(gk, dk, "grad k");
+  close(gv, dv, "grad v");
+}
+
+int64_t words_of(int64_t n) { return (n + 63) / 64; }
+bool bit(Array<int64_t>& a, int64_t i, int64_t j) { return (uint64_t(a.at(i, j / 64)) >> (j % 64)) & 1; }
+
+template <class T>
+void clustering(int64_t n, int64_t m) {
+  Array<T> p({1, 1}), lp({1, 1}), q({1, 1}), lq({1, 1});
+  maps<T>(n, m, 2, p, lp);
+  maps<T>(n / 2 + 1, m, 1, q, lq);
+  const int64_t other = n / 2 + 1;
+  auto batched = [](TensorView v) {
+    TensorView b = v;
+    b.rank = 3, b.shape[0] = 1, b.stride[0] = 1;
+    for (int i = 0; i < 2; ++i) b.shape[i + 1] = v.shape[i], b.stride[i + 1] = v.stride[i];
+    return b;
+  };
+  std::vector<double> cross, self;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < other; ++j) cross.push_back(distance(p, lp, i, q, lq, j));
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) self.push_back(distance(p, lp, i, p, lp, j));
+  for (bool same : {false, true}) {
+    Array<T> d({1, n, same ? n : other}), d2 = d;
+    SymmetricKlParams sp;
+    sp.p = batched(p.view()), sp.log_p = batched(lp.view()), sp.q = batched(q.view()),
+    sp.log_q = batched(lq.view());
+    sp.same = same, sp.distance = d.view();
+    symmetric_kl_forward_cpu(sp, 1);
+    close(d, same ? self : cross, "distance");
+    sp.distance = d2.view();
+    symmetric_kl_forward_cpu(sp, 2);
+    expect(d.same_bits(d2), "distance depends on the number of threads");
+    for (int64_t i = 0; same && i < n; ++i)
+      for (int64_t j = 0; j < i; ++j) expect(d.at(i, j) == d.at(j, i), "distance is not symmetric");
+  }
+
+  // tau on a value that occurs: the hardest decision there is.
+  std::vector<double> sorted(self);
+  std::sort(sorted.begin(), sorted.end());
+  const double tau = sorted[sorted.size() / 3];
+  Array<int64_t> a({n, words_of(n)}), a2 = a;
+  for (bool filtered : {false, true}) {
+    SymmetricKlAdjacencyParams ap;
+    ap.p = p.view(), ap.log_p = lp.view(), ap.tau = tau, ap.filtered = filtered, ap.adjacency = a.view();
+    symmetric_kl_adjacency_forward_cpu(ap, 1);
+    ap.adjacency = a2.view();
+    symmetric_kl_adjacency_forward_cpu(ap, 2);
+    expect(a.same_bits(a2), "adjacency depends on the number of threads");
+    expect(a.guarded(), "adjacency: wrote past its end");
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < words_of(n) * 64; ++j) {
+        const bool want = j < n && (i == j || self[i * n + j] <= tau);
+        const bool close_call = j < n && std::abs(self[i * n + j] - tau) < 1e-12;
+        wrong += bit(a, i, j) != want && !close_call;
+      }
+    expect(wrong == 0, "adjacency: " + std::to_string(wrong) + " wrong bits");
+  }
+
+  std::vector<double> means(n * m);
+  for (int64_t i = 0; i < n; ++i) {
+    double total = 0;
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t c = 0; bit(a, i, j) && c < m; ++c)
+        means[i * m + c] += double(p.at(j, c)), total += double(p.at(j, c));
+    for (int64_t c = 0; c < m; ++c) means[i * m + c] /= total;
+  }
+  Array<T> s({n, m}), s2 = s;
+  NeighbourMeanParams np;
+  np.adjacency = a.view(), np.p = p.view(), np.mean = s.view();
+  neighbour_mean_forward_cpu(np, 1);
+  close(s, means, "neighbour mean", tolerance<T>() / 10);
+  np.mean = s2.view();
+  neighbour_mean_forward_cpu(np, 2);
+  expect(s.same_bits(s2), "neighbour mean depends on the number of threads");
+
+  std::vector<int64_t> owner(n, -1), label(n, -1);
+  int64_t leaders = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (owner[i] >= 0) continue;
+    for (int64_t j = 0; j < n; ++j)
+      if (owner[j] < 0 && (j == i || bit(a, i, j))) owner[j] = i, label[j] = leaders;
+    ++leaders;
+  }
+  for (bool lazy : {false, true}) {
+    Array<int64_t> o({n}), l({n}), count({1});
+    if (lazy) {
+      GreedyAbsorbKlParams gp;
+      gp.p = p.view(), gp.log_p = lp.view(), gp.tau = tau, gp.owner = o.view(), gp.label = l.view(),
+      gp.count = count.view();
+      greedy_absorb_kl_forward_cpu(gp, 2);
+    } else {
+      GreedyAbsorbParams gp;
+      gp.adjacency = a.view(), gp.owner = o.view(), gp.label = l.view(), gp.count = count.view();
+      greedy_absorb_forward_cpu(gp, 2);
+    }
+    bool equal = count.at(0, 0) == leaders && o.guarded() && l.guarded() && count.guarded();
+    for (int64_t i = 0; i < n; ++i) equal = equal && o.at(0, i) == owner[i] && l.at(0, i) == label[i];
+    expect(equal, lazy ? "lazy greedy absorption" : "greedy absorption");
+  }
+
+  Array<int64_t> labels({n});
+  for (int64_t i = 0; i < n; ++i) labels.at(0, i) = label[i];
+  Array<T> segments({leaders + 1, m});
+  std::vector<double> want((leaders + 1) * m), size(leaders + 1);
+  for (int64_t i = 0; i < n; ++i) size[label[i]] += 1;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < m; ++c) want[label[i] * m + c] += double(p.at(i, c)) / size[label[i]];
+  SegmentMeanParams gp;
+  gp.x = p.view(), gp.label = labels.view(), gp.mean = segments.view();
+  segment_mean_forward_cpu(gp, 2);
+  close(segments, want, "segment mean");
+  labels.at(0, n - 1) = leaders + 1;
+  bool refused = false;
+  try {
+    segment_mean_forward_cpu(gp, 2);
+  } catch (const ArgumentError&) {
+    refused = true;
+  }
+  expect(refused, "a label out of range is refused");
+
+  Array<int64_t> nearest({n});
+  AssignRowsParams rp;
+  rp.p = p.view(), rp.log_p = lp.view(), rp.centroids = q.view(), rp.log_centroids = lq.view(),
+  rp.label = nearest.view();
+  assign_rows_forward_cpu(rp, 2);
+  for (int64_t i = 0; i < n; ++i) {
+    double best = cross[i * other];
+    for (int64_t k = 1; k < other; ++k) best = std::min(best, cross[i * other + k]);
+    const int64_t got = nearest.at(0, i);
+    expect(got >= 0 && got < other && cross[i * other + got] <= best + tolerance<T>(), "assigned row");
+  }
+  expect(nearest.guarded(), "assign rows: wrote past its end");
+}
+
+template <class T>
+void clusters(const Shape& s, bool with_lse) {
+  auto q = normal<T>({1, s.h, s.n, s.d}, 1, 2), k = normal<T>({1, s.h, s.m, s.d}, 1, 1);
+  Array<T> p({1, s.n, s.m}), lp({1, s.n, s.m}), lse({1, s.h, s.n});
+  AttentionHeadMeanParams a;
+  a.q = q.view(), a.k = k.view(), a.p = p.view(), a.log_p = lp.view(), a.lse = lse.view(), a.scale = 0.3;
+  attention_head_mean_forward_cpu(a, 1);
+  const int64_t count = 5;
+  Array<T> x({count, s.m}), lx({count, s.m});
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t j = 0; j < s.m; ++j)
+      x.at(c, j) = p.at((c == 4 ? 1 : c * 3) % s.n, j), lx.at(c, j) = std::log(x.at(c, j));
+  auto drop_first = [](TensorView v) {
+    for (int i = 1; i < v.rank; ++i) v.shape[i - 1] = v.shape[i], v.stride[i - 1] = v.stride[i];
+    --v.rank;
+    return v;
+  };
+  Array<int64_t> label({s.n}), again({s.n});
+  AssignClustersParams c;
+  c.q = drop_first(q.view()), c.k = drop_first(k.view()), c.centroids = x.view(), c.log_centroids = lx.view();
+  c.label = label.view(), c.scale = 0.3;
+  if (with_lse) c.lse = drop_first(lse.view());
+  assign_clusters_forward_cpu(c, 1);
+  c.label = again.view();
+  assign_clusters_forward_cpu(c, 2);
+  expect(label.same_bits(again) && label.guarded(),
+         "assignment depends on the number of threads, or overran");
+  for (int64_t i = 0; i < s.n; ++i) {
+    double best = std::numeric_limits<double>::infinity(), got = best;
+    for (int64_t j = 0; j < count; ++j) {
+      const double d = distance(x, lx, j, p, lp, i);
+      if (label.at(0, i) == j) got = d;
+      best = std::min(best, d);
+    }
+    expect(got <= best + tolerance<T>(), "assigned cluster");
+  }
+}
+
+void corner_cases() {
+  // Logits 400 apart: P underflows, its log must not.
+  Array<float> q({1, 1, 1, 1}), k({1, 1, 2, 1}), p({1, 1, 2}), lp({1, 1, 2}), lse({1, 1, 1});
+  q.at(0, 0) = 20, k.at(0, 0) = 20, k.at(1, 0) = 0;
+  AttentionHeadMeanParams a;
+  a.q = q.view(), a.k = k.view(), a.p = p.view(), a.log_p = lp.view(), a.lse = lse.view();
+  attention_head_mean_forward_cpu(a, 1);
+  expect(lp.at(0, 1) == -400.0f && p.at(0, 1) == 0.0f && p.at(0, 0) == 1.0f, "log of an underflown weight");
+
+  // A NaN row is near nothing but itself, and spoils no other row.
+  Array<float> x({1, 1}), lx({1, 1});
+  maps<float>(70, 40, 0, x, lx);
+  x.at(5, 3) = std::numeric_limits<float>::quiet_NaN();
+  Array<int64_t> bits({70, 2});
+  SymmetricKlAdjacencyParams ap;
+  ap.p = x.view(), ap.log_p = lx.view(), ap.tau = 1e6, ap.adjacency = bits.view();
+  symmetric_kl_adjacency_forward_cpu(ap, 1);
+  bool right = true;
+  for (int64_t i = 0; i < 70; ++i)
+    for (int64_t j = 0; j < 70; ++j) right = right && bit(bits, i, j) == (i == j || (i != 5 && j != 5));
+  expect(right, "NaN rule");
+
+  Array<float> none({0, 7}), log_none({0, 7}), mean({0, 7});
+  Array<int64_t> no_bits({0, 0}), owner({0}), label({0}), count({1});
+  ap.p = none.view(), ap.log_p = log_none.view(), ap.adjacency = no_bits.view();
+  symmetric_kl_adjacency_forward_cpu(ap, 2);
+  GreedyAbsorbKlParams gp;
+  gp.p = none.view(), gp.log_p = log_none.view(), gp.owner = owner.view(), gp.label = label.view(),
+  gp.count = count.view();
+  greedy_absorb_kl_forward_cpu(gp, 2);
+  expect(count.at(0, 0) == 0, "no rows, no leaders");
+  NeighbourMeanParams np;
+  np.adjacency = no_bits.view(), np.p = none.view(), np.mean = mean.view();
+  neighbour_mean_forward_cpu(np, 2);
+
+  bool refused = false;
+  try {
+    set_cpu_isa("z80");
+  } catch (const ArgumentError&) {
+    refused = true;
+  }
+  expect(refused, "an unknown level is refused");
+}
+
+template <class T>
+void everything() {
+  for (const Shape& s :
+       {Shape{1, 1, 1, 1, 1}, Shape{2, 3, 17, 33, 5}, Shape{1, 2, 65, 131, 48}, Shape{1, 2, 3, 7, 131}})
+    for (double drop : {0.0, 0.3}) attention<T>(s, drop);
+  attention<T>({0, 2, 3, 4, 5}, 0.0);
+  for (int64_t n : {1, 2, 15, 64, 131, 300}) clustering<T>(n, n == 1 ? 1 : n + 6);
+  // Several blocks of packed rows, which real sizes need and these would not.
+  const int64_t budget = vidops::cpu::panel_budget();
+  vidops::cpu::panel_budget() = 1;
+  clustering<T>(300, 45);
+  vidops::cpu::panel_budget() = budget;
+  clusters<T>({1, 2, 37, 530, 9}, false);
+  clusters<T>({1, 3, 130, 70, 16}, true);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& isa : cpu_isas()) {
+    set_cpu_isa(isa.c_str());
+    where = isa + " float32";
+    everything<float>();
+    corner_cases();
+    where = isa + " float64";
+    everything<double>();
+  }
+  std::printf("%d checks on %zu levels, %d failures\n", checks, cpu_isas().size(), failures);
+  return failures ? 1 : 0;
+}

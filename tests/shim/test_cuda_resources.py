@@ -1,0 +1,50 @@
+"""Every CUDA kernel file compiles without host headers, spills nothing and stays within its register limit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswith("_launch"))
+REGISTER_LIMIT = {
+    "greedy_absorb_walk": 64,
+    "greedy_absorb_owner": 40,
+    "segment_mean_members": 40,
+    "segment_mean_rows": 40,
+}
+STATIC_SHARED_LIMIT = 0  # kernels take dynamic shared memory only
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for.*?(?P<store>\d+) bytes spill stores, (?P<load>\d+) bytes spill"
+    r" loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.stem)
+def test_resources(source: Path, arch: str, tmp_path: Path) -> None:
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    options = ["-std=c++17", target, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "k.cubin")]
+    report = subprocess.run([str(NVCC), *options, str(source)], capture_output=True, text=True, check=True).stderr
+    kernels = list(ENTRY.finditer(report))
+    declared = re.findall(r"VIDOPS_KERNEL\(\w+\) (\w+)\(", source.read_text())
+    assert len(kernels) == len(declared) > 0
+    for kernel in kernels:
+        (name,) = [d for d in declared if f"{len(d)}{d}" in kernel["name"]]
+        shared = re.search(r"(\d+) bytes smem", kernel["rest"])
+        print(f"{name} sm_{arch}: {kernel['registers']} registers, {shared.group(1) if shared else 0} bytes smem")
+        assert kernel["store"] == kernel["load"] == "0", name
+        assert int(kernel["registers"]) <= REGISTER_LIMIT[name], name
+        assert (int(shared.group(1)) if shared else 0) <= STATIC_SHARED_LIMIT, name
+
+
+@pytest.mark.parametrize("source", [*KERNEL_FILES, CUDA / "device.cuh"], ids=lambda path: path.name)
+def test_no_host_headers(source: Path) -> None:
+    assert not re.search(r"^\s*#\s*include\s*<", source.read_text(), re.MULTILINE)
