@@ -7,6 +7,7 @@ never sees torch's ABI: one binary serves every supported torch.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("VIDOPS_NO_EXT") == "1":
         return None, "the extension is switched off by VIDOPS_NO_EXT=1"
     try:
-        from vidops import _C  # type: ignore[attr-defined]
+        _C = importlib.import_module("vidops._C")
     except ImportError as error:
         return None, f"the extension vidops._C is not built or does not load ({error}); run: pip install ."
     root = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def cuda_refusal(tensors: Any) -> str | None:
     if C is None:
         return WHY_NOT
     if not C.cuda_architectures:
-        return "the extension was built without CUDA"
+        return "the extension was built without CUDA (VIDOPS_CUDA=ON, and nvcc)"
     for t in tensors:
         if t.device.type != "cuda":
             return f"needs CUDA tensors, got {t.device}"

@@ -35,7 +35,7 @@ def assign_rows(
 
     A centroid with NaN never wins; a row with NaN gets label 0.
 
-    Backends: reference, cpu, triton, cuda.
+    Backends: reference, cpu, triton.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.8, 0.2]])
@@ -81,12 +81,6 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
-def _cuda_forward(*args: torch.Tensor) -> torch.Tensor:
-    label = _fake(*args, "")
-    _native.C.assign_rows_forward_cuda(*(_native.view(t) for t in (*args, label)), *_native.stream(label))
-    return label
-
-
 OP = Op(
     "assign_rows",
     schema="(Tensor p, Tensor log_p, Tensor centroids, Tensor log_centroids, str backend) -> Tensor",
@@ -95,6 +89,5 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
-        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

@@ -48,7 +48,7 @@ def attention_head_mean(
 
     NaN or infinity in a query row makes that row of the map NaN; in a key, every row.
 
-    Backends: reference, cpu, triton, cuda (cuda has no backward).
+    Backends: reference, cpu, triton.
 
     >>> import torch, vidops
     >>> q, k = torch.randn(8, 6, 16), torch.randn(8, 10, 16)
@@ -153,15 +153,6 @@ def _triton_backward(*args: Any) -> Any:
     return kernel.backward(*args)
 
 
-def _cuda_forward(
-    q: torch.Tensor, k: torch.Tensor, scale: float, dropout_p: float, seed: int, with_log: bool
-) -> tuple[torch.Tensor, ...]:
-    out = _outputs(q, k, with_log)
-    views = [_native.view(t) for t in (q, k, *out)]
-    _native.C.attention_head_mean_forward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
-    return out
-
-
 OP = Op(
     "attention_head_mean",
     schema="(Tensor q, Tensor k, float scale, float dropout_p, int seed, bool with_log, str backend)"
@@ -178,6 +169,5 @@ OP = Op(
         Impl("reference", reference, _reference_backward, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, _cpu_backward, _backends.cpu_refuses),
         Impl("triton", _triton_forward, _triton_backward, _backends.triton_refuses),
-        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

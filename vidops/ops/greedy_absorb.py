@@ -78,9 +78,9 @@ def _triton_forward(*args: Any) -> Any:
 
 def _cuda_forward(adjacency: torch.Tensor) -> tuple[torch.Tensor, ...]:
     out = fake_absorption(adjacency)
-    _native.C.greedy_absorb_forward_cuda(
-        *(_native.view(t) for t in (adjacency, *out)), *_native.stream(adjacency)
-    )
+    workspace = adjacency.new_empty(_native.C.greedy_absorb_workspace_cuda(adjacency.shape[0]))
+    views = [_native.view(t) for t in (adjacency, *out, workspace)]
+    _native.C.greedy_absorb_forward_cuda(*views, *_native.stream(adjacency))
     return out
 
 

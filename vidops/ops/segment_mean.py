@@ -77,7 +77,9 @@ def _triton_forward(*args: Any) -> Any:
 
 def _cuda_forward(x: torch.Tensor, label: torch.Tensor, num_segments: int) -> torch.Tensor:
     mean = _fake(x, label, num_segments, "")
-    _native.C.segment_mean_forward_cuda(*(_native.view(t) for t in (x, label, mean)), *_native.stream(x))
+    workspace = label.new_empty(_native.C.segment_mean_workspace_cuda(x.shape[0], num_segments))
+    views = [_native.view(t) for t in (x, label, mean, workspace)]
+    _native.C.segment_mean_forward_cuda(*views, *_native.stream(x))
     return mean
 
 

@@ -42,7 +42,7 @@ def symmetric_kl(
 
     NaN in a row makes every distance of that row NaN.
 
-    Backends: reference, cpu, triton, cuda; the backward is two matrix products per input, by PyTorch on all.
+    Backends: reference, cpu, triton; the backward is two matrix products per input, by PyTorch on all.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
@@ -115,15 +115,6 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
-def _cuda_forward(
-    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, same: bool
-) -> torch.Tensor:
-    distance = _fake(p, log_p, q, log_q, same, "")
-    views = [_native.view(t) for t in (p, log_p, q, log_q, distance)]
-    _native.C.symmetric_kl_forward_cuda(*views, same, *_native.stream(p))
-    return distance
-
-
 OP = Op(
     "symmetric_kl",
     schema="(Tensor p, Tensor log_p, Tensor q, Tensor log_q, bool same, str backend) -> Tensor",
@@ -139,6 +130,5 @@ OP = Op(
         Impl("reference", reference, _backward, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, _backward, _backends.cpu_refuses),
         Impl("triton", _triton_forward, _backward, _backends.triton_refuses),
-        Impl("cuda", _cuda_forward, _backward, _backends.cuda_refuses),
     ),
 )

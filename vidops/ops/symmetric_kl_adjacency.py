@@ -43,7 +43,7 @@ def symmetric_kl_adjacency(
 
     A row with NaN is nobody's neighbour but its own.
 
-    Backends: reference, cpu, triton, cuda.
+    Backends: reference, cpu, triton.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.4, 0.6], [0.9, 0.1]])
@@ -74,13 +74,6 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
-def _cuda_forward(p: torch.Tensor, log_p: torch.Tensor, tau: float, filtered: bool) -> torch.Tensor:
-    adjacency = _fake(p, log_p, tau, filtered, "")
-    views = [_native.view(t) for t in (p, log_p, adjacency)]
-    _native.C.symmetric_kl_adjacency_forward_cuda(*views, tau, filtered, *_native.stream(p))
-    return adjacency
-
-
 OP = Op(
     "symmetric_kl_adjacency",
     schema="(Tensor p, Tensor log_p, float tau, bool filtered, str backend) -> Tensor",
@@ -89,6 +82,5 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
-        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

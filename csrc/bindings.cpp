@@ -1,0 +1,228 @@
+// The only file that knows Python: capsules in, TensorViews out, one thin function per native entry point.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+
+#include "vidops/assign_clusters.h"
+#include "vidops/assign_rows.h"
+#include "vidops/attention_head_mean.h"
+#include "vidops/cpu_isa.h"
+#include "vidops/greedy_absorb.h"
+#include "vidops/greedy_absorb_kl.h"
+#include "vidops/neighbour_mean.h"
+#include "vidops/segment_mean.h"
+#include "vidops/symmetric_kl.h"
+#include "vidops/symmetric_kl_adjacency.h"
+#include "vidops/tensor_view.h"
+#include "vidops/video_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The part of the DLPack ABI (version 0.x capsules named "dltensor") that is read here. The layout is the published
+// C ABI; declaring it keeps the build free of a dependency that is one struct long.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+vidops::DType dtype_of(const DLTensor& t) {
+  enum { kInt = 0, kFloat = 2, kBfloat = 4 };
+  const int code = t.dtype.code, bits = t.dtype.bits;
+  if (t.dtype.lanes == 1) {
+    if (code == kFloat && bits == 32) return vidops::DType::f32;
+    if (code == kFloat && bits == 64) return vidops::DType::f64;
+    if (code == kFloat && bits == 16) return vidops::DType::f16;
+    if (code == kBfloat && bits == 16) return vidops::DType::bf16;
+    if (code == kInt && bits == 64) return vidops::DType::i64;
+    if (code == kInt && bits == 32) return vidops::DType::i32;
+  }
+  throw vidops::ArgumentError("a tensor of this dtype has no native form");
+}
+
+vidops::TensorView view(const py::capsule& capsule) {
+  const auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (t == nullptr) throw py::error_already_set();
+  vidops::TensorView v;
+  vidops::require(t->ndim <= vidops::kMaxRank, "a tensor has more dimensions than the native layer takes");
+  v.dtype = dtype_of(*t);
+  const int32_t kCpu = 1;
+  v.device = t->device.type == kCpu ? vidops::Device::cpu : vidops::Device::cuda;
+  v.device_index = t->device.id;
+  v.rank = t->ndim;
+  int64_t packed = 1;
+  for (int i = t->ndim - 1; i >= 0; --i) {
+    v.shape[i] = t->shape[i];
+    v.stride[i] = t->strides != nullptr ? t->strides[i] : packed;
+    packed *= t->shape[i];
+  }
+  v.data = static_cast<char*>(t->data) + (t->data != nullptr ? t->byte_offset : 0);
+  // FakeTensors have a null address: refuse them instead of reading it.
+  vidops::require(packed == 0 || t->data != nullptr, "a tensor has no memory behind it");
+  vidops::require(v.rank == 0 || v.shape[v.rank - 1] <= 1 || v.stride[v.rank - 1] == 1,
+                  "a tensor's last axis is not contiguous");
+  return v;
+}
+
+using py::capsule;
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_exception<vidops::ArgumentError>(m, "ArgumentError", PyExc_ValueError);
+  m.attr("source_hash") = VIDOPS_SOURCE_HASH;
+  m.attr("compiler") = VIDOPS_COMPILER;
+  py::list architectures;
+#ifdef VIDOPS_WITH_CUDA
+  const std::string list = VIDOPS_CUDA_ARCHS;
+  for (size_t from = 0; from < list.size();) {
+    size_t to = list.find(',', from);
+    if (to == std::string::npos) to = list.size();
+    architectures.append("sm_" + list.substr(from, to - from));
+    from = to + 1;
+  }
+#endif
+  m.attr("cuda_architectures") = py::tuple(architectures);
+  m.def("cpu_isa", &vidops::cpu_isa);
+  m.def("cpu_isas", [] {
+    py::list names;
+    for (const auto& name : vidops::cpu_isas()) names.append(name);
+    return names;
+  });
+  m.def("set_cpu_isa", [](const std::string& name) { vidops::set_cpu_isa(name.c_str()); });
+
+  m.def("attention_head_mean_forward_cpu",
+        [](capsule q, capsule k, capsule p, capsule log_p, capsule lse, double scale, double dropout_p, uint64_t seed,
+           int threads) {
+          vidops::AttentionHeadMeanParams a;
+          a.q = view(q), a.k = view(k), a.p = view(p), a.log_p = view(log_p), a.lse = view(lse);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          vidops::attention_head_mean_forward_cpu(a, threads);
+        });
+  m.def("attention_head_mean_backward_cpu",
+        [](capsule grad_p, capsule q, capsule k, capsule lse, capsule grad_q, capsule grad_k, double scale,
+           double dropout_p, uint64_t seed, int threads) {
+          vidops::AttentionHeadMeanBackwardParams a;
+          a.grad_p = view(grad_p), a.q = view(q), a.k = view(k), a.lse = view(lse);
+          a.grad_q = view(grad_q), a.grad_k = view(grad_k);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          vidops::attention_head_mean_backward_cpu(a, threads);
+        });
+  m.def("video_attention_forward_cpu",
+        [](capsule q, capsule k, capsule v, capsule out, capsule map, capsule lse, double scale, double dropout_p,
+           uint64_t seed, int threads) {
+          vidops::VideoAttentionParams a;
+          a.q = view(q), a.k = view(k), a.v = view(v), a.out = view(out), a.map = view(map), a.lse = view(lse);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          vidops::video_attention_forward_cpu(a, threads);
+        });
+  m.def("video_attention_backward_cpu",
+        [](capsule grad_out, capsule grad_map, capsule q, capsule k, capsule v, capsule out, capsule lse,
+           capsule grad_q, capsule grad_k, capsule grad_v, double scale, double dropout_p, uint64_t seed, int threads) {
+          vidops::VideoAttentionBackwardParams a;
+          a.grad_out = view(grad_out), a.grad_map = view(grad_map);
+          a.q = view(q), a.k = view(k), a.v = view(v), a.out = view(out), a.lse = view(lse);
+          a.grad_q = view(grad_q), a.grad_k = view(grad_k), a.grad_v = view(grad_v);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          vidops::video_attention_backward_cpu(a, threads);
+        });
+  m.def("symmetric_kl_forward_cpu",
+        [](capsule p, capsule log_p, capsule q, capsule log_q, capsule distance, bool same, int threads) {
+          vidops::SymmetricKlParams a;
+          a.p = view(p), a.log_p = view(log_p), a.q = view(q), a.log_q = view(log_q), a.distance = view(distance);
+          a.same = same;
+          py::gil_scoped_release release;
+          vidops::symmetric_kl_forward_cpu(a, threads);
+        });
+  m.def("symmetric_kl_adjacency_forward_cpu",
+        [](capsule p, capsule log_p, capsule adjacency, double tau, bool filtered, int threads) {
+          vidops::SymmetricKlAdjacencyParams a;
+          a.p = view(p), a.log_p = view(log_p), a.adjacency = view(adjacency);
+          a.tau = tau, a.filtered = filtered;
+          py::gil_scoped_release release;
+          vidops::symmetric_kl_adjacency_forward_cpu(a, threads);
+        });
+  m.def("neighbour_mean_forward_cpu", [](capsule adjacency, capsule p, capsule mean, int threads) {
+    vidops::NeighbourMeanParams a;
+    a.adjacency = view(adjacency), a.p = view(p), a.mean = view(mean);
+    py::gil_scoped_release release;
+    vidops::neighbour_mean_forward_cpu(a, threads);
+  });
+  m.def("greedy_absorb_forward_cpu",
+        [](capsule adjacency, capsule owner, capsule label, capsule count, int threads) {
+          vidops::GreedyAbsorbParams a;
+          a.adjacency = view(adjacency), a.owner = view(owner), a.label = view(label), a.count = view(count);
+          py::gil_scoped_release release;
+          vidops::greedy_absorb_forward_cpu(a, threads);
+        });
+  m.def("greedy_absorb_kl_forward_cpu",
+        [](capsule p, capsule log_p, capsule owner, capsule label, capsule count, double tau, int threads) {
+          vidops::GreedyAbsorbKlParams a;
+          a.p = view(p), a.log_p = view(log_p);
+          a.owner = view(owner), a.label = view(label), a.count = view(count);
+          a.tau = tau;
+          py::gil_scoped_release release;
+          vidops::greedy_absorb_kl_forward_cpu(a, threads);
+        });
+  m.def("segment_mean_forward_cpu", [](capsule x, capsule label, capsule mean, int threads) {
+    vidops::SegmentMeanParams a;
+    a.x = view(x), a.label = view(label), a.mean = view(mean);
+    py::gil_scoped_release release;
+    vidops::segment_mean_forward_cpu(a, threads);
+  });
+  m.def("assign_clusters_forward_cpu",
+        [](capsule q, capsule k, capsule lse, capsule centroids, capsule log_centroids, capsule label, double scale,
+           int threads) {
+          vidops::AssignClustersParams a;
+          a.q = view(q), a.k = view(k), a.lse = view(lse);
+          a.centroids = view(centroids), a.log_centroids = view(log_centroids), a.label = view(label);
+          a.scale = scale;
+          py::gil_scoped_release release;
+          vidops::assign_clusters_forward_cpu(a, threads);
+        });
+  m.def("assign_rows_forward_cpu",
+        [](capsule p, capsule log_p, capsule centroids, capsule log_centroids, capsule label, int threads) {
+          vidops::AssignRowsParams a;
+          a.p = view(p), a.log_p = view(log_p);
+          a.centroids = view(centroids), a.log_centroids = view(log_centroids), a.label = view(label);
+          py::gil_scoped_release release;
+          vidops::assign_rows_forward_cpu(a, threads);
+        });
+
+#ifdef VIDOPS_WITH_CUDA
+  m.def("greedy_absorb_workspace_cuda", &vidops::greedy_absorb_workspace_cuda);
+  m.def("segment_mean_workspace_cuda", &vidops::segment_mean_workspace_cuda);
+  m.def("greedy_absorb_forward_cuda", [](capsule adjacency, capsule owner, capsule label, capsule count,
+                                         capsule workspace, int device, uintptr_t stream) {
+    vidops::GreedyAbsorbParams a;
+    a.adjacency = view(adjacency), a.owner = view(owner), a.label = view(label), a.count = view(count);
+    a.workspace = view(workspace);
+    py::gil_scoped_release release;
+    vidops::greedy_absorb_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+  });
+  m.def("segment_mean_forward_cuda",
+        [](capsule x, capsule label, capsule mean, capsule workspace, int device, uintptr_t stream) {
+          vidops::SegmentMeanParams a;
+          a.x = view(x), a.label = view(label), a.mean = view(mean);
+          a.workspace = view(workspace);
+          py::gil_scoped_release release;
+          vidops::segment_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+#endif
+}
