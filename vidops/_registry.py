@@ -288,28 +288,3 @@ def _warn_once(op: str, text: str) -> None:
     if (op, text) not in _warned:
         _warned.add((op, text))
         warnings.warn(f"{text}\n  running the reference (VIDOPS_FALLBACK=warn)", RuntimeWarning, stacklevel=4)
-
-
-def by_autograd(function: Callable[..., Any], differentiable: Sequence[int]) -> Callable[..., Any]:
-    """A reference backward: differentiate `function` itself at the positions `differentiable`.
-
-    The result takes ``(grads, *args)`` with one incoming gradient (or None) per output of `function`.
-    """
-
-    def backward(grads: Sequence[torch.Tensor | None], *args: Any) -> tuple[torch.Tensor, ...]:
-        with torch.enable_grad():
-            leaves = list(args)
-            for i in differentiable:
-                leaves[i] = leaves[i].detach().requires_grad_(True)
-            outputs = function(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.numel()]
-            inputs = [leaves[i] for i in differentiable]
-            if not pairs:
-                return tuple(torch.zeros_like(t) for t in inputs)
-            found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-        return tuple(
-            torch.zeros_like(t) if g is None else g.contiguous() for t, g in zip(inputs, found, strict=True)
-        )
-
-    return backward

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from vidops import _native
-from vidops._registry import Backward, Impl, Op, by_autograd, resolve
+from vidops._registry import Backward, Impl, Op, resolve
 from vidops.ops import _backends, _checks
 from vidops.reference.attention_head_mean import attention_head_mean as reference
+from vidops.reference.attention_head_mean import attention_head_mean_backward as reference_backward
 
 
 def attention_head_mean(
@@ -118,7 +119,7 @@ def _outputs(q: torch.Tensor, k: torch.Tensor, with_log: bool) -> tuple[torch.Te
 def _reference_backward(
     grad_p: torch.Tensor, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, dropout_p: float, seed: int
 ) -> tuple[torch.Tensor, ...]:
-    return by_autograd(reference, (0, 1))((grad_p,), q, k, scale, dropout_p, seed, False)
+    return reference_backward(grad_p, q, k, scale, dropout_p, seed)
 
 
 def _cpu_forward(

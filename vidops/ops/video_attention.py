@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from vidops import _native
-from vidops._registry import Backward, Impl, Op, _forced, by_autograd, resolve
+from vidops._registry import Backward, Impl, Op, _forced, resolve
 from vidops.ops import _backends, _checks
 from vidops.reference.video_attention import video_attention as reference
+from vidops.reference.video_attention import video_attention_backward as reference_backward
 
 
 def video_attention(
@@ -137,8 +138,7 @@ def _reference_backward(
     seed: int,
     with_map: bool,
 ) -> tuple[torch.Tensor, ...]:
-    grads = (grad_out, grad_map if with_map else None)
-    return by_autograd(reference, (0, 1, 2))(grads, q, k, v, scale, dropout_p, seed, with_map)
+    return reference_backward(grad_out, grad_map if with_map else None, q, k, v, scale, dropout_p, seed)
 
 
 def _cpu_forward(

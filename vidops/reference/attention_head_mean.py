@@ -27,3 +27,17 @@ def attention_head_mean(
     else:
         p = log_p.exp()
     return p, log_p if with_log else log_p.new_empty(0), lse
+
+
+def attention_head_mean_backward(
+    grad_p: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float, dropout_p: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of q and k from that of P: the part of `video_attention_backward` that the map contributes."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide_q, wide_k = q.to(dtype), k.to(dtype)
+    weights = ((wide_q @ wide_k.transpose(-2, -1)) * scale).softmax(-1)
+    grad_weights = grad_p[:, None] / q.shape[1]
+    if dropout_p > 0:
+        grad_weights = grad_weights * dropout_factor(weights.shape, dropout_p, seed, dtype, q.device)
+    grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    return (grad_logits @ wide_k).to(q.dtype), (grad_logits.transpose(-2, -1) @ wide_q).to(k.dtype)

@@ -1,0 +1,124 @@
+"""``python -m vidops validate DIR [--slug S] [--backend B] [--strict]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vidops._registry import BACKENDS, OPS
+from vidops.ops import _backends
+from vidops.validation import ssl_uvos_model, ssl_uvos_ops
+from vidops.validation.case import Case, Check, GoldenError
+
+Runner = Callable[[Case, str], list[Check]]
+
+KINDS: dict[str, dict[str, Runner]] = {
+    "ssl_uvos": {
+        "cluster": ssl_uvos_ops.check_cluster,
+        "davis_eval": ssl_uvos_model.check_davis_eval,
+        "e2e_model": ssl_uvos_model.check_e2e_model,
+        "encoder": ssl_uvos_model.check_encoder,
+        "greedy_absorb": ssl_uvos_ops.check_greedy_absorb,
+        "kl_distance": ssl_uvos_ops.check_kl_distance,
+        "losses": ssl_uvos_model.check_losses,
+        "st_block": ssl_uvos_model.check_st_block,
+    },
+}
+
+# Papers whose goldens exist and whose ops do not, yet: listed, and a failure only with --strict.
+LATER = (
+    "dclr internlm_xcomposer motion_inductive object_adapter slot_attention smtc songcomposer sta video_concepts "
+    "video_streaming"
+).split()
+
+
+def runnable() -> list[str]:
+    """Backends that run every op on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for backend in BACKENDS:
+        probe = (torch.empty(1, device="cpu" if backend in ("reference", "cpu") else device),)
+        if all(op.refusal(backend, probe, needs_grad=False) is None for op in OPS.values()):
+            found.append(backend)
+    return found
+
+
+def kind_of(name: str, kinds: dict[str, Runner]) -> str | None:
+    """The longest kind the file's name starts with."""
+    return max((kind for kind in kinds if name.startswith(kind)), key=len, default=None)
+
+
+def _folders(root: Path, slug: str | None) -> list[tuple[str, Path]]:
+    if any(root.glob("*.npz")):
+        return [(slug or root.resolve().name, root)]
+    return [
+        (folder.name, folder)
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and slug in (None, folder.name) and any(folder.glob("*.npz"))
+    ]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="vidops validate", description="Run golden files through the backends.")
+    parser.add_argument("dir", type=Path, help="a root of slug folders, or one slug's folder")
+    parser.add_argument("--slug", help="only this paper; or the paper of DIR when its name does not say")
+    parser.add_argument("--backend", choices=BACKENDS, help="only this backend (default: all that can run)")
+    parser.add_argument("--strict", action="store_true", help="kinds not implemented yet are failures")
+    options = parser.parse_args(argv)
+    if not options.dir.is_dir():
+        print(f"vidops validate: {options.dir}: not a folder", file=sys.stderr)
+        return 2
+    folders = _folders(options.dir, options.slug)
+    if not folders:
+        print(f"vidops validate: {options.dir}: no golden files (.npz) for {options.slug or 'any slug'}", file=sys.stderr)
+        return 2
+    backends = [options.backend] if options.backend else runnable()
+    failures = passed = later = 0
+    print(f"{'case':44} {'backend':22} {'worst check':38} {'error':>10} {'limit':>9}  verdict")
+    for slug, folder in folders:
+        for path in sorted(folder.glob("*.npz")):
+            name = f"{slug}/{path.stem}"
+            kinds = KINDS.get(slug)
+            if kinds is None and slug in LATER:
+                later += 1
+                print(f"{name:44} {'-':22} not implemented yet")
+                continue
+            kind = kind_of(path.stem, kinds or {})
+            if kinds is None or kind is None:
+                failures += 1
+                print(f"{name:44} {'-':22} unknown {'slug' if kinds is None else 'kind'}: FAILED")
+                continue
+            for backend in backends:
+                ok = _run(kinds[kind], path, name, backend)
+                passed += ok
+                failures += not ok
+    verdict = f"{passed} passed, {failures} failed, {later} not implemented yet"
+    print(verdict)
+    return 1 if failures or not (passed or later) or (options.strict and later) else 0
+
+
+def _run(runner: Runner, path: Path, name: str, backend: str) -> bool:
+    shown = backend
+    if backend == "triton" and _backends.TRITON_INTERPRETED:
+        shown = "triton (interpreted)"
+    start = time.perf_counter()
+    try:
+        checks = runner(Case.load(path), backend)
+    except (GoldenError, KeyError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        # A file that breaks its runner is a failed case, reported with its reason; the others still run.
+        print(f"{name:44} {shown:22} {type(error).__name__}: {error}: FAILED")
+        return False
+    bad = [check for check in checks if not check.ok]
+    if not checks:
+        print(f"{name:44} {shown:22} nothing was compared: FAILED")
+        return False
+    worst = bad[0] if bad else max(checks, key=lambda c: c.error / c.limit if c.limit else 0.0)
+    seconds = time.perf_counter() - start
+    verdict = f"FAILED ({len(bad)} of {len(checks)})" if bad else f"ok ({len(checks)} checks, {seconds:.1f} s)"
+    print(f"{name:44} {shown:22} {worst.name:38} {worst.error:10.2e} {worst.limit:9.1e}  {verdict}")
+    return not bad
