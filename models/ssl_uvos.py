@@ -240,11 +240,12 @@ class SSLUVOS(nn.Module):
         tokens = torch.cat([encoded.cls[:, None], keys], dim=1)
         length = tokens.shape[1]
         tokens = tokens.unflatten(0, (batch, frames)).flatten(1, 2)
-        for i, block in enumerate(self.temporal_transformer):
+        blocks = list(self.temporal_transformer)
+        for i, block in enumerate(blocks[:-1]):
             # One seed per block: with the same one, every block would drop the same weights.
-            block_seed = None if seed is None else (seed + i) % 2**63
-            need = "map" if i == len(self.temporal_transformer) - 1 else "none"
-            tokens, attention = block(tokens, need, seed=block_seed, backend=backend)
+            block_seed = None if seed is None else (seed + 1 + i) % 2**63
+            tokens, _ = block(tokens, seed=block_seed, backend=backend)
+        tokens, attention = blocks[-1](tokens, "map", seed=seed, backend=backend)
         attention = attention.unflatten(2, (frames, length)).unflatten(1, (frames, length))
         attention = attention[:, :, 1:, :, 1:].flatten(3, 4).flatten(1, 2)
         dino_map = encoded.attn.mean(1)[:, 1:, 1:]
