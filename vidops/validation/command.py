@@ -75,7 +75,8 @@ def main(argv: list[str]) -> int:
         return 2
     folders = _folders(options.dir, options.slug)
     if not folders:
-        print(f"vidops validate: {options.dir}: no golden files (.npz) for {options.slug or 'any slug'}", file=sys.stderr)
+        wanted = options.slug or "any slug"
+        print(f"vidops validate: {options.dir}: no golden files (.npz) for {wanted}", file=sys.stderr)
         return 2
     backends = [options.backend] if options.backend else runnable()
     failures = passed = later = 0
