@@ -30,7 +30,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per Python version, kept between builds; every path into pip's temporary environment is
         # passed anew, because CMake would otherwise remember those of a deleted one.
-        build = Path(os.environ.get("VIDOPS_BUILD_DIR", ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"))
+        version = f"py{sys.version_info[0]}{sys.version_info[1]}"
+        build = Path(os.environ.get("VIDOPS_BUILD_DIR", ROOT / "build" / version))
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:

@@ -351,14 +351,17 @@ class SSLUVOS(nn.Module):
         q, k = self.queries_keys(
             video, ratio=ratio, frames_per_batch=frames_per_batch, progress=progress, backend=backend
         )
-        clusters = vidops.hierarchical_cluster(
-            q,
-            k,
-            tau=tau,
-            window=window,
-            scale=self._only_block().attn.scale,
-            precision=precision,
-            backend=backend,
+        clusters = cast(
+            vidops.Clusters,
+            vidops.hierarchical_cluster(
+                q,
+                k,
+                tau=tau,
+                window=window,
+                scale=self._only_block().attn.scale,
+                precision=precision,
+                backend=backend,
+            ),
         )
         columns = video.shape[-1] // self.config.patch
         return Segmentation(clusters.labels.unflatten(1, (-1, columns)), clusters.centroids)

@@ -26,7 +26,7 @@ def _cases():
             yield pytest.param(path, backend, id=f"{path.parent.name}-{path.stem}-{backend}", marks=marks)
 
 
-@pytest.mark.parametrize("path,backend", _cases())
+@pytest.mark.parametrize("path,backend", list(_cases()))
 def test_golden(path, backend):
     kinds = KINDS[path.parent.name]
     checks = kinds[kind_of(path.stem, kinds)](Case.load(path), backend)
