@@ -54,9 +54,14 @@ class Centroids {
         cost[r * count_ + k] -= static_cast<double>(scores[r * padded() + k]);
   }
   int64_t nearest(const double* cost) const {
+    // Starting from infinity, and not from the first cost, keeps a centroid with NaN from winning by being first.
+    T least = std::numeric_limits<T>::infinity();
     int64_t best = 0;
-    for (int64_t k = 1; k < count_; ++k)
-      if (static_cast<T>(cost[k]) < static_cast<T>(cost[best])) best = k;
+    for (int64_t k = 0; k < count_; ++k)
+      if (static_cast<T>(cost[k]) < least) {
+        least = static_cast<T>(cost[k]);
+        best = k;
+      }
     return best;
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,9 +61,9 @@ def attention_head_mean(
     factor = _checks.scale(scale, q.shape[-1])
     name = resolve(OP, backend, q, k)
     lead = q.shape[:-3]
-    p, log_p, lse = OP.call(
-        q.reshape(-1, *q.shape[-3:]), k.reshape(-1, *k.shape[-3:]), factor, 0.0, 0, return_log, name
-    )
+    batch = math.prod(lead)  # not -1, which is ambiguous for empty tensors
+    q, k = q.reshape(batch, *q.shape[-3:]), k.reshape(batch, *k.shape[-3:])
+    p, log_p, lse = OP.call(q, k, factor, 0.0, 0, return_log, name)
     result = [p.view(*lead, *p.shape[-2:])]
     if return_log:
         result.append(log_p.view(*lead, *p.shape[-2:]))

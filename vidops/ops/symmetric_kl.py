@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def symmetric_kl(
         _checks.shape("q", q, (*p.shape[:-2], q.shape[-2], p.shape[-1]), "(..., m, columns of p)")
     name = resolve(OP, backend, p, log_p, q, log_q)
     lead = p.shape[:-2]
-    p, log_p, q, log_q = (t.reshape(-1, *t.shape[-2:]) for t in (p, log_p, q, log_q))
+    p, log_p, q, log_q = (t.reshape(math.prod(lead), *t.shape[-2:]) for t in (p, log_p, q, log_q))
     distance = OP.call(p, log_p, q, log_q, same, name)
     return distance.view(*lead, *distance.shape[-2:])
 
