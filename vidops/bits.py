@@ -42,6 +42,8 @@ def unpack_adjacency(adjacency: torch.Tensor) -> torch.Tensor:
 def check_adjacency(name: str, adjacency: torch.Tensor) -> None:
     if not isinstance(adjacency, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(adjacency).__name__}")
+    if adjacency.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {adjacency.layout}")
     if adjacency.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64 bit rows, got {adjacency.dtype} (see vidops.pack_adjacency)")
     if adjacency.dim() != 2 or adjacency.shape[1] != words(adjacency.shape[0]):

@@ -82,13 +82,13 @@ def hierarchical_cluster(
     _checks.tensor("k", k, rank=4)
     _checks.same("k", k, "q", q)
     frames, heads, tokens, channels = q.shape
-    if k.shape[1] != heads or k.shape[3] != channels:
-        raise ValueError(f"k: expected shape (key frames, {heads}, tokens, {channels}), got {tuple(k.shape)}")
     for name, value in (("q", q), ("k", k)):
         if value.numel() == 0:
             raise ValueError(f"{name}: expected at least one frame, head, token and channel, got {tuple(value.shape)}")
         if not bool(value.isfinite().all()):
             raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    if k.shape[1] != heads or k.shape[3] != channels:
+        raise ValueError(f"k: expected shape (key frames, {heads}, tokens, {channels}), got {tuple(k.shape)}")
     factor = _checks.scale(scale, channels)
     keys = k.transpose(0, 1).reshape(heads, -1, channels)
     lse_of: list[torch.Tensor] = []

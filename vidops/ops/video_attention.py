@@ -61,14 +61,7 @@ def video_attention(
     >>> out.shape, weights.shape
     (torch.Size([1, 2, 6, 8]), torch.Size([1, 6, 6]))
     """
-    for argument in (q, k, v):
-        if isinstance(argument, torch.Tensor) and torch.is_autocast_enabled(argument.device.type):
-            dtype = torch.get_autocast_dtype(argument.device.type)
-            q, k, v = (
-                t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-                for t in (q, k, v)
-            )
-            break
+    q, k, v = _autocast(q, k, v)
     _checks.attention_pair(q, k, rank=(4, 4))
     _checks.tensor("v", v, rank=4)
     _checks.same("v", v, "k", k)
@@ -92,6 +85,16 @@ def video_attention(
     if need == "keys":
         return out, k.mean(dim=1)
     return (out, weights) if with_map else out
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The rule of scaled_dot_product_attention: float tensors but float64 take the autocast dtype."""
+    found = next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "")
+    if found not in ("cpu", "cuda") or not torch.is_autocast_enabled(found):
+        return tensors
+    dtype = torch.get_autocast_dtype(found)
+    halves = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in halves else t for t in tensors)
 
 
 def _fake(

@@ -1,0 +1,195 @@
+"""Wrong calls: each gets a typed error that names the argument, on every op, before any backend is chosen."""
+
+import itertools
+
+import pytest
+import torch
+
+import vidops
+
+NAN, INF = float("nan"), float("inf")
+F = torch.ones
+
+
+def _not_floats(shape):
+    yield from (
+        None,
+        1.0,
+        "x",
+        [1.0],
+        F(*shape).numpy(),
+        F(*shape, dtype=torch.int64),
+        F(*shape, dtype=torch.bool),
+        F(*shape, dtype=torch.complex64),
+        F(*shape, dtype=torch.float8_e4m3fn) if hasattr(torch, "float8_e4m3fn") else 1,
+        F(*shape).to_sparse(),
+    )
+
+
+def _wrong_ranks(ranks):
+    for rank in ranks:
+        yield F(*([2] * rank)) if rank else torch.tensor(1.0)
+
+
+def _numbers():
+    yield from (None, "1", [1.0], True, NAN, INF, -INF, torch.tensor(1.0), 1j)
+
+
+def _pair_cases(function, fine, extra=()):
+    """Bad q and bad k, each beside a good partner of shape `fine`."""
+    good = F(*fine)
+    ranks = [r for r in range(0, 8) if r != len(fine) and not (function is vidops.attention_head_mean and 3 <= r <= 5)]
+    for bad in itertools.chain(_not_floats(fine), _wrong_ranks(ranks)):
+        yield (bad, good, *extra), {}, "q"
+        yield (good, bad, *extra), {}, "k"
+    yield (good, good.double(), *extra), {}, "k"
+    yield (good, good.half(), *extra), {}, "k"
+    yield (good, good[..., :0], *extra), {}, "k"
+    yield (good, good[..., :0, :], *extra), {}, "k"
+    yield (good, good[..., :1], *extra), {}, "k"
+    yield (good[..., :0], good[..., :0], *extra), {}, "q"
+    yield (good, F(*fine[:-3], fine[-3] + 1, *fine[-2:]), *extra), {}, "k"
+    yield (good, good.to("meta"), *extra), {}, "k"
+    for bad in (b for b in _numbers() if b is not None):
+        yield (good, good, *extra), {"scale": bad}, "scale"
+
+
+def _map_cases(function, *rest):
+    good = torch.full((4, 3), 1 / 3)
+    for bad in itertools.chain(_not_floats((4, 3)), _wrong_ranks((0, 1, 4, 5))):
+        yield (bad, *rest), {}, "p"
+    yield (good[:, :0], *rest), {}, "p"
+    if function is not vidops.neighbour_mean:
+        for bad in itertools.chain(_not_floats((4, 3)), [good.double(), good[:3], good[:, :2], good[None]]):
+            if bad is not None:
+                yield (good, *rest), {"log_p": bad}, "log_p"
+
+
+def _bit_cases():
+    good = F(4, 1, dtype=torch.int64)
+    yield from (None, 1, "x", [[1]], good.numpy(), good.int(), good.float(), good.bool(), good.to(torch.uint8))
+    yield from (good[0], good[None], good.to_sparse(), good.bfloat16())
+    yield from (F(n, words, dtype=torch.int64) for n, words in ((4, 2), (65, 1), (4, 0), (0, 1), (64, 2), (129, 2)))
+
+
+def _backends(*args):
+    for bad in ("gpu", "CPU", "Reference", 1, "triton "):
+        yield args, {"backend": bad}, "backend"
+
+
+def _cases():
+    q3, q4 = F(2, 3, 4), F(1, 2, 3, 4)
+    rows, bits = torch.full((4, 3), 1 / 3), F(4, 1, dtype=torch.int64)
+    yield "attention_head_mean", itertools.chain(
+        _pair_cases(vidops.attention_head_mean, (2, 3, 4)), _backends(q3, q3)
+    )
+    video = [
+        *(((b, q4, q4), {}, "q") for b in _not_floats((1, 2, 3, 4))),
+        *(((q4, b, q4), {}, "k") for b in _not_floats((1, 2, 3, 4))),
+        *(((q4, q4, b), {}, "v") for b in itertools.chain(_not_floats((1, 2, 3, 4)), _wrong_ranks((0, 1, 2, 3, 5)))),
+        *(((q4, q4, b), {}, "v") for b in (q4.double(), q4[:, :, :2], q4[..., :2], q4[:, :1], q4.to("meta"))),
+        *(((q4, q4, q4), {"dropout_p": b, "seed": 1}, "dropout_p") for b in (-0.1, 1.0, 2, NAN, "0", None, True)),
+        *(((q4, q4, q4), {"dropout_p": 0.5, "seed": b}, "seed") for b in (None, -1, 1.5, "1", True)),
+        *(((q4, q4, q4), {"need": b}, "need") for b in ("maps", None, 1, "")),
+        *(((q4, q4, q4), {"scale": b}, "scale") for b in _numbers() if b is not None),
+    ]
+    yield "video_attention", itertools.chain(video, _backends(q4, q4, q4))
+    kl = [
+        *_map_cases(vidops.symmetric_kl),
+        *(((rows, b), {}, "q") for b in _not_floats((4, 3)) if b is not None),
+        *(((rows, b), {}, "q") for b in (rows.double(), rows[0], rows[None], rows[:, :2], rows[:, :0])),
+        ((rows, rows.to("meta")), {}, "q"),
+        ((rows,), {"log_q": rows}, "log_q"),
+        *(((rows, rows), {"log_q": b}, "log_q") for b in (rows.double(), rows[:2], 1, "x")),
+    ]
+    yield "symmetric_kl", itertools.chain(kl, _backends(rows))
+    adjacency = [
+        *_map_cases(vidops.symmetric_kl_adjacency, 1.0),
+        *(((rows, b), {}, "tau") for b in _numbers()),
+        *(((rows, 1.0), {"precision": b}, "precision") for b in ("fast", None, 1, "", "Exact")),
+    ]
+    yield "symmetric_kl_adjacency", itertools.chain(adjacency, _backends(rows, 1.0))
+    mean = [
+        *(((b, rows), {}, "adjacency") for b in _bit_cases()),
+        *(((bits, b), {}, "p") for b in itertools.chain(_not_floats((4, 3)), _wrong_ranks((0, 1, 3, 4)))),
+        *(((bits, b), {}, "p") for b in (rows[:3], F(5, 3), F(0, 3), rows.to("meta"))),
+    ]
+    yield "neighbour_mean", itertools.chain(mean, _backends(bits, rows))
+    yield "greedy_absorb", itertools.chain(
+        (((b,), {}, "adjacency") for b in _bit_cases()),
+        (((F(n, n % 7 + 3, dtype=torch.int64),), {}, "adjacency") for n in range(1, 27)),
+        _backends(bits),
+    )
+    yield "greedy_absorb_kl", itertools.chain(
+        _map_cases(vidops.greedy_absorb_kl, 1.0), (((rows, b), {}, "tau") for b in _numbers()), _backends(rows, 1.0)
+    )
+    label = torch.zeros(4, dtype=torch.int64)
+    segment = [
+        *(((b, label, 1), {}, "x") for b in itertools.chain(_not_floats((4, 3)), _wrong_ranks((0, 1, 3, 4)))),
+        *(((rows, b, 1), {}, "label") for b in (None, 1, [0] * 4, label.float(), label.int(), label[:3], label[None])),
+        *(((rows, b, 1), {}, "label") for b in (label + 1, label - 1, label.to("meta"), label.numpy(), label.bool())),
+        *(((rows, label, b), {}, "num_segments") for b in (None, -1, 1.0, "1", True, [1], torch.tensor(1))),
+        *(((rows, label + b, b), {}, "label") for b in range(1, 8)),
+    ]
+    yield "segment_mean", itertools.chain(segment, _backends(rows, label, 1))
+    x = torch.full((2, 3), 1 / 3)
+    centroids = [x[:0], x[:, :2], x[0], x[None], x.double(), x.to("meta"), *_not_floats((2, 3))]
+    yield "assign_clusters", itertools.chain(
+        _pair_cases(vidops.assign_clusters, (2, 3, 4), (x,)),
+        (((q3, q3, b), {}, "centroids") for b in centroids),
+        (((q3, q3, x), {"lse": b}, "lse") for b in (1, "x", F(2, 4), F(3), F(2, 3).double(), F(2, 3).int())),
+        _backends(q3, q3, x),
+    )
+    yield "assign_rows", itertools.chain(
+        _map_cases(vidops.assign_rows, x), (((rows, b), {}, "centroids") for b in centroids), _backends(rows, x)
+    )
+    bad_q = [*_not_floats((1, 2, 3, 4)), *_wrong_ranks((0, 1, 2, 3, 5)), q4[:0], q4[:, :, :0], q4[..., :0]]
+    cluster = [
+        *(((b, q4), {}, "q") for b in (*bad_q, q4 * NAN, q4 * INF)),
+        *(((q4, b), {}, "k") for b in (*bad_q, q4 * NAN, q4 * INF, q4[:, :1], q4[..., :2], q4.double())),
+        *(((q4, q4, b), {}, "tau") for b in _numbers()),
+        *(((q4, q4, 1.0, b), {}, "window") for b in (0, -1, 1.5, None, "3", True)),
+        *(((q4, q4), {"precision": b}, "precision") for b in ("fast", None)),
+        *(((q4, q4), {"max_rounds": b}, "max_rounds") for b in (0, -1, 1.0, None)),
+        *(((q4, q4), {"scale": b}, "scale") for b in _numbers() if b is not None),
+    ]
+    yield "hierarchical_cluster", itertools.chain(cluster, _backends(q4, q4))
+    p3 = rows[None]
+    yield "hierarchical_cluster_map", itertools.chain(
+        (((b,), {}, "p") for b in itertools.chain(_not_floats((1, 4, 3)), _wrong_ranks((0, 1, 2, 4)))),
+        (((b,), {}, "p") for b in (p3[:0], p3[:, :0], p3[..., :0], -p3, p3 * NAN, p3 * INF)),
+        (((p3, b), {}, "tau") for b in _numbers()),
+        (((p3, 1.0, b), {}, "window") for b in (0, -1, 1.5, None, "3", True)),
+        (((p3,), {"precision": b}, "precision") for b in ("fast", None)),
+        (((p3,), {"max_rounds": b}, "max_rounds") for b in (0, -1, 1.0, None)),
+        _backends(p3),
+    )
+
+
+CASES = dict(_cases())
+CASES = {name: list(cases) for name, cases in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_bad_call_is_named(name):
+    function = getattr(vidops, name)
+    assert len(CASES[name]) >= 40
+    wrong = []
+    for args, options, argument in CASES[name]:
+        described = [tuple(a.shape) if isinstance(a, torch.Tensor) else repr(a)[:20] for a in args]
+        try:
+            function(*args, **options)
+        except (TypeError, ValueError) as error:
+            if argument not in str(error):
+                wrong.append((described, options, f"{type(error).__name__} does not name {argument}: {error}"))
+        except Exception as error:  # noqa: BLE001 - any other type is what this test is after
+            wrong.append((described, options, f"{type(error).__name__}: {error}"))
+        else:
+            wrong.append((described, options, f"accepted, bad {argument}"))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_all_public_ops_are_covered():
+    from vidops._registry import OPS
+
+    assert set(OPS) <= set(CASES)
