@@ -9,7 +9,8 @@ $(VENV)/ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q $(TORCH) numpy
-	$(BIN)/pip install -q triton==3.6.0 pytest pytest-benchmark hypothesis scipy safetensors av pillow einops ruff
+	$(BIN)/pip install -q triton==3.6.0 pytest pytest-benchmark hypothesis scipy safetensors av pillow \
+		einops ruff tqdm setuptools wheel pybind11 cmake ninja
 	touch $@
 
 .PHONY: install test demo lint

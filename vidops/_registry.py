@@ -282,9 +282,13 @@ def _refuse_autograd(name: str, message: str) -> None:
 _warned: set[tuple[str, str]] = set()
 
 
-# Traced code may not warn without breaking the graph; a constant result is evaluated once, at trace time.
-@torch.compiler.assume_constant_result
 def _warn_once(op: str, text: str) -> None:
     if (op, text) not in _warned:
         _warned.add((op, text))
         warnings.warn(f"{text}\n  running the reference (VIDOPS_FALLBACK=warn)", RuntimeWarning, stacklevel=4)
+
+
+if _fallback["mode"] == "warn":
+    # Traced code may not warn without breaking the graph; a constant result is evaluated once, at trace time.
+    # Marking it imports Dynamo, seconds that only those who asked for the warning should pay.
+    _warn_once = torch.compiler.assume_constant_result(_warn_once)
