@@ -27,4 +27,4 @@ test: install
 
 demo: install
 	$(BIN)/python -m vidops
-	$(BIN)/python examples/ssl_uvos_synthetic.py
+	$(BIN)/python -m vidops segment --demo -o demo_out

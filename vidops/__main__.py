@@ -1,4 +1,4 @@
-"""``python -m vidops``: the report."""
+"""``vidops`` and ``python -m vidops``: the report, and the commands segment and validate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ def main(argv: list[str] | None = None) -> int:
         from vidops.validation import main as validate
 
         return validate(argv[1:])
+    if argv and argv[0] == "segment":
+        try:
+            from vidops.segment import main as segment
+        except ModuleNotFoundError as error:
+            print(f"vidops segment: needs {error.name} (pip install 'vidops[demo]')", file=sys.stderr)
+            return 2
+        return segment(argv[1:])
     if argv:
-        print(f"vidops: unknown command {argv[0]!r}; expected validate, or nothing for the report", file=sys.stderr)
+        known = "segment, validate, or nothing for the report"
+        print(f"vidops: unknown command {argv[0]!r}; expected {known}", file=sys.stderr)
         return 2
     from vidops._report import report
 

@@ -6,11 +6,9 @@ PyAV is an optional dependency (``pip install 'vidops[demo]'``) and imported by 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -94,9 +92,6 @@ def _decoded(av: ModuleType, container: Any, stream: Any, scan: _Scan) -> Iterat
         except av.error.FFmpegError as error:
             scan.errors += 1
             scan.first_error = scan.first_error or _reason(error)
-            # The demuxer itself gave up: its iterator is finished and cannot be asked again.
-            if getattr(packets, "gi_frame", True) is None:
-                return
             continue
         yield from frames
 
@@ -285,8 +280,3 @@ def write_video(path: str | os.PathLike[str], frames: Sequence[Frames] | Frames,
         for packet in stream.encode():
             container.mux(packet)
     return name
-
-
-def safe_stem(path: str | os.PathLike[str]) -> str:
-    """The file name without its ending, fit for messages and titles."""
-    return re.sub(r"[^\w.-]+", "_", Path(path).stem) or "video"
