@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vidops.ops._backends import TRITON_INTERPRETED
+
 
 class Check(NamedTuple):
     """`error` must not exceed `limit`; NaN fails."""
@@ -48,3 +50,33 @@ class Case:
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.from_numpy(np.array(self.arrays[name], order="C")).to(dtype)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |got - expected| / max |expected|, infinite for another shape.
+
+    Gradients that are mathematically zero are rounding noise on both sides: those are compared absolutely.
+    """
+    if got.shape != expected.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    expected = expected.to(device="cpu", dtype=torch.float64)
+    error = (got.detach().to(device="cpu", dtype=torch.float64) - expected).abs().max().item()
+    largest = expected.abs().max().item()
+    return error / largest if largest > 1e-9 else error
+
+
+def mismatches(got: np.ndarray, expected: np.ndarray) -> float:
+    """Number of entries that differ; infinite for another shape."""
+    return float("inf") if got.shape != expected.shape else float((got != expected).sum())
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors live."""
+    on_card = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
+    return torch.device("cuda" if on_card else "cpu")
+
+
+def tag_of(dtype: torch.dtype) -> str:
+    return "float64" if dtype == torch.float64 else "float32"

@@ -17,13 +17,13 @@ from vidops import evaluation
 from vidops.models.ssl_uvos import SSLUVOS, SSLUVOSConfig
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, semantic_loss
 from vidops.models.vit import Block, DinoEncoder
-from vidops.validation import Check
+from vidops.validation.case import Check, device_of, mismatches, relative_error, tag_of
 
 if TYPE_CHECKING:
     from vidops.validation import Case
 
-# The kernels of the other backends compute in float32, whatever they are given.
-DOUBLE_BACKENDS = ("reference", "cpu")
+# CUDA kernels refuse float64.
+DOUBLE_BACKENDS = ("reference", "cpu", "triton")
 
 FLOAT32_VALUES = 1e-4
 FLOAT32_GRADIENTS = 2e-4
@@ -32,39 +32,8 @@ FLOAT64 = 1e-9
 STORED_FLOAT32 = 1e-7
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |got - expected| / max |expected|, infinite for another shape.
-
-    Gradients that are mathematically zero are rounding noise on both sides: those are compared absolutely.
-    """
-    if got.shape != expected.shape:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    expected = expected.to(device="cpu", dtype=torch.float64)
-    error = (got.detach().to(device="cpu", dtype=torch.float64) - expected).abs().max().item()
-    largest = expected.abs().max().item()
-    return error / largest if largest > 1e-9 else error
-
-
-def mismatches(got: np.ndarray, expected: np.ndarray) -> float:
-    """Number of entries that differ; infinite for another shape."""
-    return float("inf") if got.shape != expected.shape else float((got != expected).sum())
-
-
-def _device(backend: str) -> torch.device:
-    from vidops.ops._backends import TRITON_INTERPRETED
-
-    on_card = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
-    return torch.device("cuda" if on_card else "cpu")
-
-
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
     return (torch.float64, torch.float32) if backend in DOUBLE_BACKENDS else (torch.float32,)
-
-
-def _tag(dtype: torch.dtype) -> str:
-    return "float64" if dtype == torch.float64 else "float32"
 
 
 def _numbered(case: Case, name: str) -> list[str]:
@@ -89,7 +58,7 @@ def _loaded(
     module: torch.nn.Module, state: dict[str, torch.Tensor], backend: str, dtype: torch.dtype
 ) -> torch.nn.Module:
     module.load_state_dict(state, strict=True)
-    return module.to(device=_device(backend), dtype=dtype).eval()
+    return module.to(device=device_of(backend), dtype=dtype).eval()
 
 
 def check_encoder(case: Case, backend: str) -> list[Check]:
@@ -110,7 +79,7 @@ def check_encoder(case: Case, backend: str) -> list[Check]:
     _loaded(encoder, state, backend, torch.float32)
     checks = []
     for suffix in _numbered(case, "image"):
-        images = case.tensor(f"in.image{suffix}", torch.float32).to(_device(backend))
+        images = case.tensor(f"in.image{suffix}", torch.float32).to(device_of(backend))
         with torch.no_grad():
             got = encoder(images, backend=backend)
             values = {
@@ -146,10 +115,10 @@ def check_st_block(case: Case, backend: str) -> list[Check]:
         _loaded(block, state, backend, dtype)
         double = dtype == torch.float64
         limits = (FLOAT64, FLOAT64) if double else (FLOAT32_VALUES, FLOAT32_GRADIENTS)
-        scalar = torch.zeros((), dtype=dtype, device=_device(backend))
+        scalar = torch.zeros((), dtype=dtype, device=device_of(backend))
         inputs = {}
         for suffix in _numbered(case, "x"):
-            x = case.tensor(f"in.x{suffix}", dtype).to(_device(backend)).requires_grad_(True)
+            x = case.tensor(f"in.x{suffix}", dtype).to(device_of(backend)).requires_grad_(True)
             inputs[f"grad.x{suffix}"] = x
             y, attention = block(x, "heads", backend=backend)
             with torch.no_grad():
@@ -166,13 +135,13 @@ def check_st_block(case: Case, backend: str) -> list[Check]:
                         continue
                     expected = case.tensor(key, torch.float64)
                     error = max(relative_error(result, expected) for result in results)
-                    checks.append(Check(f"{key.removeprefix('out.')} {_tag(dtype)}", error, limits[0]))
+                    checks.append(Check(f"{key.removeprefix('out.')} {tag_of(dtype)}", error, limits[0]))
             for key, value in ((f"in.Ry{suffix}", y), (f"in.Ra{suffix}", attention)):
                 if key in case.arrays:
                     scalar = scalar + (value * case.tensor(key, dtype).to(value.device)).sum()
         if scalar.requires_grad:
             wanted = {f"grad.{name}": parameter for name, parameter in block.named_parameters()} | inputs
-            checks += _gradients(case, scalar, wanted, limits[1], _tag(dtype))
+            checks += _gradients(case, scalar, wanted, limits[1], tag_of(dtype))
     return _nonempty(checks)
 
 
@@ -205,7 +174,7 @@ def _loss_settings(case: Case) -> LossSettings:
 def check_losses(case: Case, backend: str) -> list[Check]:
     """Eqs. E6 and E7 with their gradients. Plain PyTorch on every backend: no vidops op takes part."""
     settings = _loss_settings(case)
-    device = _device(backend)
+    device = device_of(backend)
     sample = case.tensor("in.sample", torch.int64).to(device)
     checks = []
     for dtype in _dtypes(backend):
@@ -222,9 +191,9 @@ def check_losses(case: Case, backend: str) -> list[Check]:
         ):
             if key in case.arrays:
                 error = relative_error(value, case.tensor(key, torch.float64))
-                checks.append(Check(f"{key.removeprefix('out.')} {_tag(dtype)}", error, limits[0]))
-        checks += _gradients(case, semantic, {"grad.slot": slot}, limits[1], _tag(dtype))
-        checks += _gradients(case, motion, {"grad.motion_mask": attention}, limits[1], _tag(dtype))
+                checks.append(Check(f"{key.removeprefix('out.')} {tag_of(dtype)}", error, limits[0]))
+        checks += _gradients(case, semantic, {"grad.slot": slot}, limits[1], tag_of(dtype))
+        checks += _gradients(case, motion, {"grad.motion_mask": attention}, limits[1], tag_of(dtype))
     return _nonempty(checks)
 
 
@@ -250,7 +219,7 @@ def _check_clip(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) ->
     if "in.clip" not in case.arrays:
         return []
     checks = []
-    output = model(case.tensor("in.clip", dtype).to(_device(backend)), backend=backend)
+    output = model(case.tensor("in.clip", dtype).to(device_of(backend)), backend=backend)
     values = {
         "attn_dino": output.dino_map,
         "x": output.x,
@@ -261,7 +230,7 @@ def _check_clip(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) ->
         if f"out.{name}" in case.arrays:
             # These goldens are float32 runs, so that a float64 run is no closer to them.
             error = relative_error(value, case.tensor(f"out.{name}", torch.float64))
-            checks.append(Check(f"{name} {_tag(dtype)}", error, FLOAT32_VALUES))
+            checks.append(Check(f"{name} {tag_of(dtype)}", error, FLOAT32_VALUES))
     if "in.sample" not in case.arrays:
         return checks
     losses = model.losses(output, case.tensor("in.sample", torch.int64))
@@ -270,16 +239,16 @@ def _check_clip(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) ->
     for key, value in (("out.slot_loss", losses.semantic), ("out.motion_loss", losses.motion)):
         if key in case.arrays:
             error = relative_error(value, case.tensor(key, torch.float64))
-            checks.append(Check(f"{key.removeprefix('out.')} {_tag(dtype)}", error, limits[0]))
+            checks.append(Check(f"{key.removeprefix('out.')} {tag_of(dtype)}", error, limits[0]))
     wanted = {f"grad.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    return checks + _gradients(case, losses.total, wanted, limits[1], _tag(dtype))
+    return checks + _gradients(case, losses.total, wanted, limits[1], tag_of(dtype))
 
 
 def _check_video(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) -> list[Check]:
     if "in.video" not in case.arrays:
         return []
     checks = []
-    videos = case.tensor("in.video", dtype).to(_device(backend))
+    videos = case.tensor("in.video", dtype).to(device_of(backend))
     limit = FLOAT64 if dtype == torch.float64 else FLOAT32_VALUES
     for b, video in enumerate(videos):
         found = model.segment(
@@ -289,7 +258,7 @@ def _check_video(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) -
             window=int(case.cfg("window", 3)),
             backend=backend,
         )
-        tag = _tag(dtype) if len(videos) == 1 else f"video {b} {_tag(dtype)}"
+        tag = tag_of(dtype) if len(videos) == 1 else f"video {b} {tag_of(dtype)}"
         if "out.masks" in case.arrays:
             expected = case.arrays["out.masks"][:, b, :, 0]  # (T, K, h, w)
             masks = found.masks().cpu().numpy().astype(expected.dtype)

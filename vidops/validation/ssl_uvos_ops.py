@@ -6,34 +6,17 @@ import numpy as np
 import torch
 
 import vidops
-from vidops.validation.case import Case, Check
+from vidops.validation.case import Case, Check, device_of, mismatches, relative_error, tag_of
 
 LIMIT = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-def _device(backend: str) -> torch.device:
-    on_card = backend in ("triton", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_card else "cpu")
-
-
-def _tag(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _relative(got: torch.Tensor, expected: np.ndarray) -> float:
-    """Largest difference over the largest entry; a wrong shape is an infinite error."""
-    found = got.detach().cpu().double().numpy()
-    if found.shape != expected.shape:
-        return float("inf")
-    if expected.size == 0:
-        return 0.0
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    return relative_error(got, torch.from_numpy(expected))
 
 
 def _differs(got: torch.Tensor, expected: np.ndarray) -> float:
-    """Number of entries that differ; a wrong shape is an infinite error."""
-    found = got.cpu().numpy()
-    return float((found != expected).sum()) if found.shape == expected.shape else float("inf")
+    return mismatches(got.cpu().numpy(), expected)
 
 
 def check_kl_distance(case: Case, backend: str) -> list[Check]:
@@ -44,15 +27,15 @@ def check_kl_distance(case: Case, backend: str) -> list[Check]:
             if f"out.{out}" not in case.arrays:
                 continue
             rows, columns = (
-                None if name is None else case.tensor(f"in.{name}", dtype).to(_device(backend)) for name in (p, q)
+                None if name is None else case.tensor(f"in.{name}", dtype).to(device_of(backend)) for name in (p, q)
             )
             distance = vidops.symmetric_kl(rows, columns, backend=backend)
-            checks.append(Check(f"{out} {_tag(dtype)}", _relative(distance, case.arrays[f"out.{out}"]), limit))
+            checks.append(Check(f"{out} {tag_of(dtype)}", _relative(distance, case.arrays[f"out.{out}"]), limit))
     return checks
 
 
 def check_greedy_absorb(case: Case, backend: str) -> list[Check]:
-    device = _device(backend)
+    device = device_of(backend)
     tau = float(case.cfg("tau", 1.0))
     graphs = [name.split(".")[1] for name in case.arrays if name.startswith("in.") and name.endswith(".D")]
     checks = []
@@ -67,7 +50,7 @@ def check_greedy_absorb(case: Case, backend: str) -> list[Check]:
             x = case.tensor(f"in.{graph}.X", dtype).to(device)
             means = vidops.segment_mean(x, found.label, int(found.count), backend=backend)
             error = _relative(means, case.arrays[f"out.{graph}.means"])
-            checks.append(Check(f"{graph} means {_tag(dtype)}", error, limit))
+            checks.append(Check(f"{graph} means {tag_of(dtype)}", error, limit))
     return checks
 
 
@@ -80,11 +63,11 @@ def check_cluster(case: Case, backend: str) -> list[Check]:
 
 
 def _check_cluster(case: Case, backend: str, dtype: torch.dtype, precision: str) -> list[Check]:
-    arrays, device, limit = case.arrays, _device(backend), LIMIT[dtype]
+    arrays, device, limit = case.arrays, device_of(backend), LIMIT[dtype]
     q, k = (case.tensor(name, dtype).to(device) for name in ("in.q", "in.k"))
     tau, window = float(case.cfg("tau", 1.0)), int(case.cfg("window", 3))
     scale = case.cfg("scale", None)
-    tag = f"{_tag(dtype)} {precision}"
+    tag = f"{tag_of(dtype)} {precision}"
     checks = []
 
     def value(name: str, got: torch.Tensor) -> None:

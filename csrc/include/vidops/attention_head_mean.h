@@ -8,7 +8,6 @@ namespace vidops {
 struct AttentionHeadMeanParams {
   TensorView q, k;             // f32 or f64 on the CPU; also f16, bf16 on CUDA
   TensorView p, log_p, lse;    // accumulation dtype, contiguous; log_p absent when not wanted
-  TensorView workspace;  // CUDA only: i64 scratch of attention_head_mean_workspace_cuda() words
   double scale = 1.0;
   double dropout_p = 0.0;      // see video_attention.h for the counter-based mask
   uint64_t seed = 0;
@@ -25,7 +24,5 @@ struct AttentionHeadMeanBackwardParams {
 
 void attention_head_mean_forward_cpu(const AttentionHeadMeanParams& params, int threads);
 void attention_head_mean_backward_cpu(const AttentionHeadMeanBackwardParams& params, int threads);
-void attention_head_mean_forward_cuda(const AttentionHeadMeanParams& params, int device, void* stream);
-int64_t attention_head_mean_workspace_cuda(int64_t batch, int64_t heads, int64_t queries, int64_t keys, int64_t head_size);
 
 }  // namespace vidops

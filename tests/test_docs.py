@@ -1,0 +1,32 @@
+"""The examples in docstrings and in the README run and show what they say."""
+
+import doctest
+import importlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import vidops
+from vidops._registry import OPS
+
+ROOT = Path(__file__).parents[1]
+MODULES = [f"vidops.ops.{name}" for name in (*OPS, "hierarchical_cluster")]
+MODULES += ["vidops.bits", "vidops._registry", "vidops._report", "vidops.features"]
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="examples use default backends")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, extraglobs={"vidops": vidops})
+    assert found.attempted and not found.failed
+
+
+def test_readme_code():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
