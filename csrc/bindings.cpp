@@ -1,9 +1,9 @@
-// The only file that knows Python: capsules in, TensorViews out, one thin function per native entry point.
+// The module and its CPU half: one thin function per native entry point.
 #include <pybind11/pybind11.h>
 
 #include <string>
-#include <utility>
 
+#include "bindings.h"
 #include "vidops/assign_clusters.h"
 #include "vidops/assign_rows.h"
 #include "vidops/attention_head_mean.h"
@@ -14,69 +14,14 @@
 #include "vidops/segment_mean.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
-#include "vidops/tensor_view.h"
 #include "vidops/video_attention.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// The part of the DLPack ABI (version 0.x capsules named "dltensor") that is read here. The layout is the published
-// C ABI; declaring it keeps the build free of a dependency that is one struct long.
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-
-vidops::DType dtype_of(const DLTensor& t) {
-  enum { kInt = 0, kFloat = 2, kBfloat = 4 };
-  const int code = t.dtype.code, bits = t.dtype.bits;
-  if (t.dtype.lanes == 1) {
-    if (code == kFloat && bits == 32) return vidops::DType::f32;
-    if (code == kFloat && bits == 64) return vidops::DType::f64;
-    if (code == kFloat && bits == 16) return vidops::DType::f16;
-    if (code == kBfloat && bits == 16) return vidops::DType::bf16;
-    if (code == kInt && bits == 64) return vidops::DType::i64;
-    if (code == kInt && bits == 32) return vidops::DType::i32;
-  }
-  throw vidops::ArgumentError("a tensor of this dtype has no native form");
-}
-
-vidops::TensorView view(const py::capsule& capsule) {
-  const auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (t == nullptr) throw py::error_already_set();
-  vidops::TensorView v;
-  vidops::require(t->ndim <= vidops::kMaxRank, "a tensor has more dimensions than the native layer takes");
-  v.dtype = dtype_of(*t);
-  const int32_t kCpu = 1;
-  v.device = t->device.type == kCpu ? vidops::Device::cpu : vidops::Device::cuda;
-  v.device_index = t->device.id;
-  v.rank = t->ndim;
-  int64_t packed = 1;
-  for (int i = t->ndim - 1; i >= 0; --i) {
-    v.shape[i] = t->shape[i];
-    v.stride[i] = t->strides != nullptr ? t->strides[i] : packed;
-    packed *= t->shape[i];
-  }
-  v.data = static_cast<char*>(t->data) + (t->data != nullptr ? t->byte_offset : 0);
-  // FakeTensors have a null address: refuse them instead of reading it.
-  vidops::require(packed == 0 || t->data != nullptr, "a tensor has no memory behind it");
-  vidops::require(v.rank == 0 || v.shape[v.rank - 1] <= 1 || v.stride[v.rank - 1] == 1,
-                  "a tensor's last axis is not contiguous");
-  return v;
-}
-
 using py::capsule;
+using vidops::bindings::view;
 
 }  // namespace
 
@@ -206,23 +151,6 @@ PYBIND11_MODULE(_C, m) {
         });
 
 #ifdef VIDOPS_WITH_CUDA
-  m.def("greedy_absorb_workspace_cuda", &vidops::greedy_absorb_workspace_cuda);
-  m.def("segment_mean_workspace_cuda", &vidops::segment_mean_workspace_cuda);
-  m.def("greedy_absorb_forward_cuda", [](capsule adjacency, capsule owner, capsule label, capsule count,
-                                         capsule workspace, int device, uintptr_t stream) {
-    vidops::GreedyAbsorbParams a;
-    a.adjacency = view(adjacency), a.owner = view(owner), a.label = view(label), a.count = view(count);
-    a.workspace = view(workspace);
-    py::gil_scoped_release release;
-    vidops::greedy_absorb_forward_cuda(a, device, reinterpret_cast<void*>(stream));
-  });
-  m.def("segment_mean_forward_cuda",
-        [](capsule x, capsule label, capsule mean, capsule workspace, int device, uintptr_t stream) {
-          vidops::SegmentMeanParams a;
-          a.x = view(x), a.label = view(label), a.mean = view(mean);
-          a.workspace = view(workspace);
-          py::gil_scoped_release release;
-          vidops::segment_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
-        });
+  vidops::bindings::bind_cuda(m);
 #endif
 }

@@ -21,7 +21,7 @@ def source_hash(root: Path) -> str:
     """SHA-256 over everything the extension is built from; `setup.py` stores the same figure in the binary."""
     digest = hashlib.sha256()
     files = [root / "CMakeLists.txt"]
-    for pattern in ("include/vidops/*.h", "cpu/*", "cuda/*", "bindings.cpp"):
+    for pattern in ("include/vidops/*.h", "cpu/*", "cuda/*", "bindings*"):
         files += sorted(p for p in (root / "csrc").glob(pattern) if p.is_file())
     for path in files:
         digest.update(path.relative_to(root).as_posix().encode())
@@ -61,12 +61,20 @@ def cuda_refusal(tensors: Any) -> str | None:
         return WHY_NOT
     if not C.cuda_architectures:
         return "the extension was built without CUDA (VIDOPS_CUDA=ON, and nvcc)"
-    for t in tensors:
-        if t.device.type != "cuda":
-            return f"needs CUDA tensors, got {t.device}"
+    reason = cuda_device_refusal(tensors)
+    if reason is not None:
+        return reason
     for t in tensors:
         if t.dtype == torch.float64:
             return "float64 is not implemented in CUDA (triton runs it)"
+    return None
+
+
+def cuda_device_refusal(tensors: Any) -> str | None:
+    """What the tensors' device says against a launch."""
+    for t in tensors:
+        if t.device.type != "cuda":
+            return f"needs CUDA tensors, got {t.device}"
     capability = torch.cuda.get_device_capability(tensors[0].device)
     if capability < (8, 0):
         return f"built for sm_80 and newer, this device is sm_{capability[0]}{capability[1]}"

@@ -67,9 +67,7 @@ VIDOPS_KERNEL(kWalkThreads) greedy_absorb_walk(GreedyAbsorbArgs a) {
       }
     }
     if (me < kWordBits) diagonal[me] = fetched;
-#ifndef VIDOPS_FAULT_MISSING_BARRIER
     block_sync();
-#endif
   }
   if (me == 0) *a.count = count;
 }

@@ -38,6 +38,23 @@ VIDOPS_KERNEL(32) selfcheck_product(const u16* a, const u16* b, float* c, int st
   for (int e = 0; e < 4; ++e) c[(group + e / 2 * 8) * 8 + pair + e % 2] = sum[e];
 }
 
+// Every thread passes a value to another warp's thread, round after round, through the same shared memory.
+VIDOPS_KERNEL(128) selfcheck_rotate(int* out, int rounds) {
+  VIDOPS_SHARED(memory);
+  int* slot = reinterpret_cast<int*>(memory);
+  const int me = thread_x();
+  int value = me;
+  for (int round = 0; round < rounds; ++round) {
+    slot[me] = value;
+    block_sync();
+    value = slot[(me + 33) % 128] + 1;
+#ifndef VIDOPS_FAULT_MISSING_BARRIER
+    block_sync();
+#endif
+  }
+  out[me] = value;
+}
+
 // Half of the block skips a barrier.
 VIDOPS_KERNEL(64) selfcheck_divergent(int* out) {
   if (thread_x() < 32) block_sync();
