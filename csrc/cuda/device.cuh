@@ -22,6 +22,7 @@ using i64 = long long;
 #define VIDOPS_BODY(host, device) { host }
 #define VIDOPS_INFINITY __builtin_inff()
 #define VIDOPS_UNROLL
+#define VIDOPS_UNROLL_BY(n)
 #else
 #define VIDOPS_DEVICE __device__ __forceinline__
 #define VIDOPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
@@ -29,6 +30,8 @@ using i64 = long long;
 #define VIDOPS_BODY(host, device) { device }
 #define VIDOPS_INFINITY __int_as_float(0x7f800000)
 #define VIDOPS_UNROLL _Pragma("unroll")
+#define VIDOPS_PRAGMA(text) _Pragma(#text)
+#define VIDOPS_UNROLL_BY(n) VIDOPS_PRAGMA(unroll n)
 #endif
 
 constexpr int kWarp = 32;
@@ -60,6 +63,13 @@ VIDOPS_DEVICE u32 atomic_add_shared(u32* p, u32 v)
     VIDOPS_BODY(u32 old = *p; *p += v; return old;, return atomicAdd(p, v);)
 VIDOPS_DEVICE void atomic_or_shared(u32* p, u32 v) VIDOPS_BODY(*p |= v;, atomicOr(p, v);)
 
+// --- atomics on global memory (integers only), and what orders plain accesses around them -----------------------
+VIDOPS_DEVICE u32 atomic_add_global(u32* p, u32 v)
+    VIDOPS_BODY(u32 old = *p; *p += v; return old;, return atomicAdd(p, v);)
+VIDOPS_DEVICE void atomic_or_global(u32* p, u32 v) VIDOPS_BODY(*p |= v;, atomicOr(p, v);)
+VIDOPS_DEVICE void atomic_max_global(u32* p, u32 v) VIDOPS_BODY(if (*p < v) *p = v;, atomicMax(p, v);)
+VIDOPS_DEVICE void device_fence() VIDOPS_BODY(, __threadfence();)
+
 // --- bits and scalar maths ----------------------------------------------------------------------------------------
 VIDOPS_DEVICE int popcount(u32 v) VIDOPS_BODY(return __builtin_popcount(v);, return __popc(v);)
 VIDOPS_DEVICE int popcount(u64 v) VIDOPS_BODY(return __builtin_popcountll(v);, return __popcll(v);)
@@ -72,6 +82,9 @@ VIDOPS_DEVICE float exp2_fast(float v)
     VIDOPS_BODY(return exp2f(v);, float r; asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
 VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
 VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)
+// a * b + c, rounded once on every machine: the compiler is left no choice.
+VIDOPS_DEVICE float multiply_add(float a, float b, float c)
+    VIDOPS_BODY(return __builtin_fmaf(a, b, c);, return __fmaf_rn(a, b, c);)
 VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.

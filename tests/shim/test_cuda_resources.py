@@ -15,8 +15,21 @@ KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswi
 REGISTER_LIMIT = {
     "greedy_absorb_walk": 64,
     "greedy_absorb_owner": 40,
+    "greedy_absorb_kl_centre": 40,
+    "greedy_absorb_kl_columns": 40,
+    "greedy_absorb_kl_pack": 64,
+    "greedy_absorb_kl_round": 128,  # two blocks of 256 threads per multiprocessor
     "segment_mean_members": 40,
     "segment_mean_rows": 40,
+    "symmetric_kl_adjacency_centre": 40,
+    "symmetric_kl_adjacency_columns": 40,
+    "symmetric_kl_adjacency_filter": 255,
+    "symmetric_kl_adjacency_pack": 64,
+    "symmetric_kl_adjacency_recheck": 80,
+    "symmetric_kl_centre": 40,
+    "symmetric_kl_columns": 40,
+    "symmetric_kl_pack": 64,
+    "symmetric_kl_product": 255,
 }
 STATIC_SHARED_LIMIT = 0  # kernels take dynamic shared memory only
 ENTRY = re.compile(

@@ -37,7 +37,7 @@ def greedy_absorb_kl(
 
     A row with NaN leads, and absorbs only itself.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.4, 0.6]])
@@ -59,6 +59,14 @@ def _cpu_forward(p: torch.Tensor, log_p: torch.Tensor, tau: float) -> tuple[torc
     return out
 
 
+def _cuda_forward(p: torch.Tensor, log_p: torch.Tensor, tau: float) -> tuple[torch.Tensor, ...]:
+    out = fake_absorption(p)
+    workspace = p.new_empty(_native.C.greedy_absorb_kl_workspace_cuda(*p.shape), dtype=torch.int64)
+    views = [_native.view(t) for t in (p, log_p, *out, workspace)]
+    _native.C.greedy_absorb_kl_forward_cuda(*views, tau, *_native.stream(p))
+    return out
+
+
 def _triton_forward(*args: Any) -> Any:
     from vidops.kernels import greedy_absorb_kl as kernel
 
@@ -73,5 +81,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

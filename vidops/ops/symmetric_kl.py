@@ -43,7 +43,7 @@ def symmetric_kl(
 
     NaN in a row makes every distance of that row NaN.
 
-    Backends: reference, cpu, triton; the backward is two matrix products per input, by PyTorch on all.
+    Backends: reference, cpu, triton, cuda; the backward is two matrix products per input, by PyTorch on all.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
@@ -110,6 +110,18 @@ def _cpu_forward(
     return distance
 
 
+def _cuda_forward(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, same: bool
+) -> torch.Tensor:
+    distance = _fake(p, log_p, q, log_q, same, "")
+    rows = p.shape[1] + (0 if same else q.shape[1])
+    words = _native.C.symmetric_kl_workspace_cuda(rows, p.shape[2])
+    workspace = p.new_empty(words, dtype=torch.int64)
+    views = [_native.view(t) for t in (p, log_p, q, log_q, distance, workspace)]
+    _native.C.symmetric_kl_forward_cuda(*views, same, *_native.stream(p))
+    return distance
+
+
 def _triton_forward(*args: Any) -> Any:
     from vidops.kernels import symmetric_kl as kernel
 
@@ -131,5 +143,6 @@ OP = Op(
         Impl("reference", reference, _backward, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, _backward, _backends.cpu_refuses),
         Impl("triton", _triton_forward, _backward, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, _backward, _backends.cuda_refuses),
     ),
 )

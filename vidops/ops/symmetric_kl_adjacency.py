@@ -29,7 +29,7 @@ def symmetric_kl_adjacency(
         p: map (n, M), float16, bfloat16, float32 or float64 (halves are widened).
         tau: threshold in nats, finite.
         log_p: logarithm of `p`, when already known.
-        precision: ``"filtered"`` decides in bfloat16 and recomputes every pair whose rounding bound reaches tau;
+        precision: ``"filtered"`` decides in 16-bit products and recomputes every pair whose rounding bound reaches tau;
             ``"exact"`` computes all pairs in the map's precision. Both take the same decisions.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; default: the first that can run.
 
@@ -43,7 +43,7 @@ def symmetric_kl_adjacency(
 
     A row with NaN is nobody's neighbour but its own.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.4, 0.6], [0.9, 0.1]])
@@ -68,6 +68,14 @@ def _cpu_forward(p: torch.Tensor, log_p: torch.Tensor, tau: float, filtered: boo
     return adjacency
 
 
+def _cuda_forward(p: torch.Tensor, log_p: torch.Tensor, tau: float, filtered: bool) -> torch.Tensor:
+    adjacency = _fake(p, log_p, tau, filtered, "")
+    workspace = adjacency.new_empty(_native.C.symmetric_kl_adjacency_workspace_cuda(*p.shape, filtered))
+    views = [_native.view(t) for t in (p, log_p, adjacency, workspace)]
+    _native.C.symmetric_kl_adjacency_forward_cuda(*views, tau, filtered, *_native.stream(p))
+    return adjacency
+
+
 def _triton_forward(*args: Any) -> Any:
     from vidops.kernels import symmetric_kl_adjacency as kernel
 
@@ -82,5 +90,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

@@ -8,9 +8,12 @@ namespace vidops {
 struct GreedyAbsorbKlParams {
   TensorView p, log_p;
   TensorView owner, label, count;
+  TensorView workspace;  // CUDA only: i64 scratch of greedy_absorb_kl_workspace_cuda() words
   double tau = 1.0;
 };
 
 void greedy_absorb_kl_forward_cpu(const GreedyAbsorbKlParams& params, int threads);
+void greedy_absorb_kl_forward_cuda(const GreedyAbsorbKlParams& params, int device, void* stream);
+int64_t greedy_absorb_kl_workspace_cuda(int64_t rows, int64_t cols);
 
 }  // namespace vidops
