@@ -134,6 +134,8 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, scale: float, dropout_p: float, seed: int, with_log: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (B,H,N,D), k (B,H,M,D) -> P (B,N,M), log P (B,N,M) or (0,), lse (B,H,N)."""
+    if with_log and dropout_p > 0:
+        raise ValueError("log_p: a map with dropout has no logarithm; ask for one or the other")
     lse = log_sum_exp(q, k, scale)
     p, log_p = head_mean(q, k, lse, scale, dropout_p, seed, with_log)
     return p, log_p, lse

@@ -23,19 +23,13 @@ struct Forward {
 // log P where P itself is too small to carry its relative accuracy: logsumexp over the heads.
 template <class T>
 T log_mean(const Forward<T>& f, const Kernels<T>& kn, int64_t b, int64_t i, int64_t j) {
-  const int64_t heads = f.q.shape[1], size = f.q.shape[3], queries = f.q.shape[2], keys = f.k.shape[2];
+  const int64_t heads = f.q.shape[1], size = f.q.shape[3], queries = f.q.shape[2];
   T best = -std::numeric_limits<T>::infinity();
   double sum = 0;
   for (int64_t h = 0; h < heads; ++h) {
     const T* q = f.q.template as<T>() + b * f.q.stride[0] + h * f.q.stride[1] + i * f.q.stride[2];
     const T* k = f.k.template as<T>() + b * f.k.stride[0] + h * f.k.stride[1] + j * f.k.stride[2];
-    T x = f.scale * kn.dot(q, k, size) - f.lse.template as<T>()[(b * heads + h) * queries + i];
-    if (f.dropout.active) {
-      const double factor =
-          f.dropout.factor(static_cast<uint64_t>(((b * heads + h) * queries + i) * keys + j));
-      if (factor == 0.0) continue;
-      x += static_cast<T>(std::log(factor));
-    }
+    const T x = f.scale * kn.dot(q, k, size) - f.lse.template as<T>()[(b * heads + h) * queries + i];
     if (x > best) {
       sum = sum * std::exp(static_cast<double>(best) - static_cast<double>(x)) + 1.0;
       best = x;
@@ -278,6 +272,9 @@ void attention_head_mean_forward_cpu(const AttentionHeadMeanParams& params, int 
     cpu::check_map<T>(params.p, params.q, params.k, "p");
     cpu::check_lse<T>(params.lse, params.q);
     if (params.log_p.present()) cpu::check_map<T>(params.log_p, params.q, params.k, "log_p");
+    // An entry that every head drops is an exact zero.
+    require(!params.log_p.present() || params.dropout_p == 0.0,
+            "log_p: a map with dropout has no logarithm; ask for one or the other");
     cpu::Forward<T> f{params.q,
                       params.k,
                       {},

@@ -1,7 +1,9 @@
-// bf16 operands with fp32 sums: AMX tiles, or dpbf16 on the same packed layout.
+// Products of bf16 operands with fp32 sums: AMX tiles, or dpbf16 on the same packed layout.
 //
-// Panels of 32 rows. A: [k/32][32 rows][32 bf16], two AMX tiles per 32 columns. B: [k/32][2][16 pairs][16
-// rows][2], the pairwise interleaving that both tdpbf16ps and dpbf16 read.
+// Panels of 32 rows in blocks of 32 columns. A block: [32 rows][32 bf16], two AMX tiles. B block:
+// [2][16 pairs][16 rows][2], the pairwise interleaving that both tdpbf16ps and dpbf16 read. One part per
+// block holds x rounded to bf16; with two parts a second block follows with what the rounding left over,
+// itself rounded, and x y = hi hi + hi lo + lo hi up to about 3 * 2^-18 |x||y|: float32 accuracy.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -14,11 +16,12 @@ namespace vidops::cpu {
 namespace {
 
 constexpr int kRows = 32, kBlock = 32;
-constexpr int64_t kDepth = 512;  // a B panel slice (32 KB) stays in L1
+constexpr int64_t kDepth = 512;  // what a block of A and a panel of B hold of it stays in L2
 constexpr int64_t kBlockElements = kRows * kBlock;
 
-// 32 columns of one row, centred, as bf16; columns beyond `left` are zero.
-inline __m512i convert(const float* row, const float* centre, int64_t left) {
+// 32 columns of one row, centred, as the parts of a bf16 sum; columns beyond `left` are zero.
+template <int kParts>
+inline void convert(const float* row, const float* centre, int64_t left, __m512i* part) {
   const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
   const __mmask16 high = left >= 32  ? 0xffff
                          : left > 16 ? static_cast<__mmask16>((1u << (left - 16)) - 1)
@@ -28,35 +31,47 @@ inline __m512i convert(const float* row, const float* centre, int64_t left) {
     x = _mm512_sub_ps(x, _mm512_maskz_loadu_ps(low, centre));
     y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(high, centre + 16));
   }
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+  part[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+  if constexpr (kParts == 2) {
+    const __m512i xs = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(part[0]));
+    const __m512i ys = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(part[0], 1));
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(xs, 16)));
+    y = _mm512_sub_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(ys, 16)));
+    part[1] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+  }
 }
 
+template <int kParts>
 void pack_a(const float* const* rows, int count, int64_t width, const float* centre, float, int64_t k0,
             void* panel) {
-  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows;
-  for (int64_t k = 0; k < width; k += kBlock, out += kBlockElements)
-    for (int r = 0; r < kRows; ++r)
-      _mm512_storeu_si512(out + r * kBlock,
-                          r < count ? convert(rows[r] + k, centre ? centre + k : nullptr, width - k)
-                                    : _mm512_setzero_si512());
+  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows * kParts;
+  for (int64_t k = 0; k < width; k += kBlock, out += kBlockElements * kParts)
+    for (int r = 0; r < kRows; ++r) {
+      __m512i part[kParts] = {};
+      if (r < count) convert<kParts>(rows[r] + k, centre ? centre + k : nullptr, width - k, part);
+      for (int p = 0; p < kParts; ++p) _mm512_storeu_si512(out + p * kBlockElements + r * kBlock, part[p]);
+    }
 }
 
+template <int kParts>
 void pack_b(const float* const* rows, int count, int64_t width, const float* centre, float, int64_t k0,
             void* panel) {
-  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows;
-  alignas(64) int32_t strip[16 * 16];
+  uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows * kParts;
+  alignas(64) int32_t strip[kParts][16 * 16];
   const __m512i column =
       _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
-  for (int64_t k = 0; k < width; k += kBlock)
-    for (int half = 0; half < 2; ++half, out += kBlockElements / 2) {
+  for (int64_t k = 0; k < width; k += kBlock, out += kBlockElements * kParts)
+    for (int half = 0; half < 2; ++half) {
       for (int r = 0; r < 16; ++r) {
         const int row = half * 16 + r;
-        _mm512_store_si512(strip + r * 16,
-                           row < count ? convert(rows[row] + k, centre ? centre + k : nullptr, width - k)
-                                       : _mm512_setzero_si512());
+        __m512i part[kParts] = {};
+        if (row < count) convert<kParts>(rows[row] + k, centre ? centre + k : nullptr, width - k, part);
+        for (int p = 0; p < kParts; ++p) _mm512_store_si512(&strip[p][r * 16], part[p]);
       }
-      for (int pair = 0; pair < 16; ++pair)
-        _mm512_storeu_si512(out + pair * 32, _mm512_i32gather_epi32(column, strip + pair, 4));
+      for (int p = 0; p < kParts; ++p)
+        for (int pair = 0; pair < 16; ++pair)
+          _mm512_storeu_si512(out + p * kBlockElements + half * (kBlockElements / 2) + pair * 32,
+                              _mm512_i32gather_epi32(column, &strip[p][pair], 4));
     }
 }
 
@@ -66,8 +81,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+template <int kParts>
 void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, float* c,
              int64_t ldc) {
+  constexpr int64_t kStep = kBlockElements * kParts, kTile = kBlockElements / 2;
   TileConfig config;
   for (int t = 0; t < 8; ++t) config.bytes_per_row[t] = 64, config.rows[t] = 16;
   _tile_loadconfig(&config);
@@ -78,8 +95,8 @@ void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, c
     const int64_t steps = (k - k0 < kDepth ? k - k0 : kDepth) / kBlock;
     for (int64_t jp = 0; jp < b_panels; ++jp)
       for (int64_t ip = 0; ip < a_panels; ++ip) {
-        const uint16_t* x = a + (ip * k + k0) * kRows;
-        const uint16_t* y = b + (jp * k + k0) * kRows;
+        const uint16_t* x = a + (ip * k + k0) * kRows * kParts;
+        const uint16_t* y = b + (jp * k + k0) * kRows * kParts;
         float* out = c + ip * kRows * ldc + jp * kRows;
         if (k0 == 0) {
           _tile_zero(0);
@@ -92,15 +109,31 @@ void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, c
           _tile_loadd(2, out + 16 * ldc, pitch);
           _tile_loadd(3, out + 16 * ldc + 16, pitch);
         }
-        for (int64_t s = 0; s < steps; ++s, x += kBlockElements, y += kBlockElements) {
-          _tile_loadd(4, x, 64);
+        for (int64_t s = 0; s < steps; ++s, x += kStep, y += kStep) {
           _tile_loadd(6, y, 64);
-          _tile_loadd(7, y + kBlockElements / 2, 64);
+          _tile_loadd(7, y + kTile, 64);
+          if constexpr (kParts == 2) {
+            _tile_loadd(4, x + kBlockElements, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, x + kBlockElements + kTile, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+          _tile_loadd(4, x, 64);
           _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, x + kBlockElements / 2, 64);
+          _tile_loadd(5, x + kTile, 64);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
+          if constexpr (kParts == 2) {
+            _tile_loadd(6, y + kBlockElements, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(7, y + kBlockElements + kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+          }
         }
         _tile_stored(0, out, pitch);
         _tile_stored(1, out + 16, pitch);
@@ -127,7 +160,7 @@ void run_dpbf16(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw
         __m512 acc[kGroup][2];
         for (int r = 0; r < kGroup; ++r)
           for (int h = 0; h < 2; ++h)
-            acc[r][h] = k0 ? _mm512_loadu_ps(out + r * ldc + h * 16) : _mm512_setzero_ps();
+            acc[r][h] = _mm512_setzero_ps();
         for (int64_t s = 0; s < steps; ++s, x += kBlockElements, y += kBlockElements)
           for (int pair = 0; pair < 16; ++pair) {
             const __m512bh y0 = (__m512bh)_mm512_loadu_si512(y + pair * 32);
@@ -142,13 +175,22 @@ void run_dpbf16(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw
             }
           }
         for (int r = 0; r < kGroup; ++r)
-          for (int h = 0; h < 2; ++h) _mm512_storeu_ps(out + r * ldc + h * 16, acc[r][h]);
+          for (int h = 0; h < 2; ++h) {
+            float* to = out + r * ldc + h * 16;
+            _mm512_storeu_ps(to, k0 ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r][h]) : acc[r][h]);
+          }
       }
   }
 }
 
-constexpr Gemm<float> kAmx{kRows, kRows, kBlock, 2, int(kDepth), pack_a, pack_b, run_amx};
-constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), pack_a, pack_b, run_dpbf16};
+// tdpbf16ps sums the even and the odd columns of a block apart, adds the two and adds that to the total.
+constexpr Gemm<float> kAmx{kRows,     kRows,     kBlock,    2, kBlock, OperandError::measured,
+                           pack_a<1>, pack_b<1>, run_amx<1>};
+// Three such sums per block of 32 columns, each one rounding of half an eps.
+constexpr Gemm<float> kAmxSplit{kRows,     kRows,     kBlock,    4, 2 * kBlock / 3, OperandError::split,
+                                pack_a<2>, pack_b<2>, run_amx<2>};
+constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), OperandError::measured, pack_a<1>, pack_b<1>,
+                           run_dpbf16};
 
 }  // namespace
 }  // namespace vidops::cpu
@@ -162,6 +204,14 @@ const Gemm<float>* bf16_gemm(CpuIsa isa) {
 #if defined(__x86_64__)
   if (isa == CpuIsa::amx) return &kAmx;
   if (isa == CpuIsa::avx512_bf16) return &kDot;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+const Gemm<float>* split_gemm(CpuIsa isa) {
+#if defined(__x86_64__)
+  if (isa == CpuIsa::amx) return &kAmxSplit;
 #endif
   (void)isa;
   return nullptr;

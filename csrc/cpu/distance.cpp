@@ -1,9 +1,9 @@
 // Pairwise distances, their thresholded bit rows, and greedy absorption without the distance matrix (Eq. E2,
 // E5).
 //
-// Workspace: two packed operands of at most 64 MB each (a block of 64 rows, if that is more), one tile of
-// scores per thread and 24 bytes per row. n = 7200, M = 21600, float32: 64 MB / (2M * 4 B) = 384 rows per
-// block, 135 MB in all.
+// Workspace: two packed operands of at most 128 MB together (64 rows of each, if that is more), one tile of
+// scores per thread and 24 bytes per row. n = 7200, M = 21600, float32: blocks of 96 MB / (2M * 4 B) = 576
+// and of 192 rows, 133 MB in all.
 #include "distance.h"
 
 #include <cstring>
@@ -15,7 +15,7 @@
 namespace vidops::cpu {
 
 int64_t& panel_budget() {
-  static int64_t bytes = int64_t{64} << 20;
+  static int64_t bytes = int64_t{128} << 20;
   return bytes;
 }
 
@@ -28,18 +28,24 @@ int64_t tile_rows(int mr) { return 256 / mr * mr; }
 // some j >= i.
 template <class T, class F>
 void for_tiles(const Distance<T>& d, bool upper, int threads, F&& body) {
-  const int64_t n = d.p.count, other = d.q.count, step = d.block(n), other_step = d.block(other);
+  const int64_t n = d.p.count, other = d.q.count;
   const int64_t tall = tile_rows(d.gemm.mr);
+  // Where the second operand fits, it is packed once, and a first one of a few tiles per thread saves memory
+  // and stays in cache. Where not, it is packed again for every block of the first, therefore the larger.
+  const bool resident = d.block(other, 0.75) >= other;
+  const int64_t other_step = resident ? other : d.block(other, 0.25);
+  const int64_t few = 2 * tall * std::max(threads, 1);
+  const int64_t step = resident ? std::min(d.block(n, 0.25), few) : d.block(n, 0.75);
   Buffer<char> a(d.a_bytes(std::min(step, n))), b(d.b_bytes(std::min(other_step, other)));
   std::vector<Buffer<T>> scores(std::max(threads, 1));
-  for (auto& s : scores) s.resize(tall * kTileColumns);
+  const int64_t tile = std::min(tall, round_up(n, d.gemm.mr)) * kTileColumns;
+  for (auto& s : scores) s.resize(tile), std::fill_n(s.get(), tile, T(0));
   for (int64_t i0 = 0; i0 < n; i0 += step) {
     const int64_t rows = std::min(step, n - i0);
     d.pack_a([&](int64_t i) { return i0 + i; }, rows, a.get(), threads);
-    for (int64_t j0 = upper ? i0 / other_step * other_step : 0; j0 < other; j0 += other_step) {
+    for (int64_t j0 = upper && !resident ? i0 / other_step * other_step : 0; j0 < other; j0 += other_step) {
       const int64_t columns = std::min(other_step, other - j0);
-      // One block on each side: the second operand is packed once.
-      if (other_step < other || i0 == 0)
+      if (!resident || i0 == 0)
         d.pack_b([&](int64_t j) { return j0 + j; }, columns, b.get(), threads);
       const int64_t down = ceil_div(rows, tall), across = ceil_div(columns, kTileColumns);
       parallel_for(down * across, threads, [&](int64_t tile, int thread) {
@@ -101,35 +107,22 @@ void symmetric_kl(const SymmetricKlParams& params, int threads) {
   }
 }
 
-// Bit `bit` of `count` bytes. Eight at a time by one multiplication, which needs little-endian loads.
-uint64_t gather_bits(const uint8_t* state, int64_t count, int bit) {
-  uint64_t word = 0;
-  int64_t j = 0;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  for (; j + 8 <= count; j += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, state + j, 8);
-    word |= ((((eight >> bit) & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << j;
-  }
-#endif
-  for (; j < count; ++j) word |= static_cast<uint64_t>((state[j] >> bit) & 1) << j;
-  return word;
-}
+// The words of a tile row: sure decisions from the bounds, the others from the direct form.
+struct Decisions {
+  uint64_t near[kTileColumns / 64], open[kTileColumns / 64];
 
-// Turns the sure and unsure states of columns [j0, j0+columns) into words, asking the direct form for the
-// unsure.
-template <class NearFn>
-void decide(const uint8_t* state, int64_t columns, uint64_t* words, NearFn&& near) {
-  for (int64_t j = 0; j < columns; j += 64) {
-    const int64_t here = std::min<int64_t>(64, columns - j);
-    uint64_t word = gather_bits(state + j, here, 0);
-    for (uint64_t open = gather_bits(state + j, here, 1); open; open &= open - 1) {
-      const int bit = __builtin_ctzll(open);
-      if (near(j + bit)) word |= uint64_t{1} << bit;
+  template <class NearFn>
+  void resolve(int64_t first_word, int64_t words, uint64_t* out, NearFn&& direct) const {
+    for (int64_t w = first_word; w < words; ++w) {
+      uint64_t word = near[w];
+      for (uint64_t unsure = open[w]; unsure; unsure &= unsure - 1) {
+        const int bit = __builtin_ctzll(unsure);
+        if (direct(w * 64 + bit)) word |= uint64_t{1} << bit;
+      }
+      out[w] = word;
     }
-    words[j / 64] = word;
   }
-}
+};
 
 void transpose64(uint64_t x[64]) {
   uint64_t mask = 0x00000000ffffffffu;
@@ -157,9 +150,10 @@ void mirror(uint64_t* bits, int64_t n, int64_t words, int threads) {
   });
 }
 
+// The product that decides most pairs: fast and coarse, or of float32 accuracy.
 template <class T>
-const Gemm<T>* low_precision() {
-  if constexpr (sizeof(T) == 4) return bf16_gemm(cpu_isa_level());
+const Gemm<T>* product(bool coarse) {
+  if constexpr (sizeof(T) == 4) return coarse ? bf16_gemm(cpu_isa_level()) : split_gemm(cpu_isa_level());
   return nullptr;
 }
 
@@ -167,24 +161,27 @@ template <class T>
 void adjacency(const SymmetricKlAdjacencyParams& params, int threads) {
   const int64_t n = params.p.shape[0], words = ceil_div(n, 64);
   const Rows<T> p = rows_of<T>(params.p), l = rows_of<T>(params.log_p);
-  const Distance<T> d(p, l, p, l, params.p.shape[1], params.filtered ? low_precision<T>() : nullptr);
+  const Distance<T> d(p, l, p, l, params.p.shape[1], product<T>(params.filtered));
   Bounds<T> bounds;
   bounds.resize(n);
   parallel_for(n, threads, [&](int64_t i, int) { bounds.set(i, d.stats(p[i], l[i]), d, params.tau); });
   uint64_t* bits = params.adjacency.as<uint64_t>();
+  const auto out_row = [&](int64_t i, int64_t j) { return bits + i * words + j / 64; };
   for_tiles(d, true, threads,
             [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, const T* c, int64_t pitch) {
-              uint8_t state[kTileColumns];
+              Decisions found;
               for (int64_t r = 0; r < rows; ++r) {
-                const int64_t i = i0 + r;
                 // Only j > i: the rest is mirrored.
-                const int64_t skip = std::min(columns, std::max<int64_t>(0, i - j0 + 1));
-                std::fill(state, state + skip, uint8_t{0});
-                if (skip < columns)
-                  d.kn.threshold(bounds.row(bounds, i, j0 + skip, params.tau), c + r * pitch + skip,
-                                 columns - skip, state + skip);
-                decide(state, columns, bits + i * words + j0 / 64,
-                       [&](int64_t j) { return d.near(i, j0 + j, params.tau); });
+                const int64_t i = i0 + r, skip = std::max<int64_t>(0, i - j0 + 1);
+                const int64_t across = ceil_div(columns, 64), first = skip < columns ? skip / 64 : across;
+                std::fill_n(out_row(i, j0), first, uint64_t{0});
+                if (first == across) continue;
+                d.kn.threshold(bounds.row(bounds, i, j0 + first * 64, params.tau), c + r * pitch + first * 64,
+                               columns - first * 64, found.near + first, found.open + first);
+                const uint64_t later = ~uint64_t{0} << (skip % 64);
+                found.near[first] &= later, found.open[first] &= later;
+                found.resolve(first, across, out_row(i, j0),
+                              [&](int64_t j) { return d.near(i, j0 + j, params.tau); });
               }
             });
   mirror(bits, n, words, threads);
@@ -198,7 +195,7 @@ void greedy_kl(const GreedyAbsorbKlParams& params, int threads) {
   constexpr int64_t kCandidates = 32;
   const int64_t n = params.p.shape[0];
   const Rows<T> p = rows_of<T>(params.p), l = rows_of<T>(params.log_p);
-  const Distance<T> d(p, l, p, l, params.p.shape[1], low_precision<T>());
+  const Distance<T> d(p, l, p, l, params.p.shape[1], product<T>(true));
   int64_t* owner = params.owner.as<int64_t>();
   int64_t* label = params.label.as<int64_t>();
   std::fill(owner, owner + n, int64_t{-1});
@@ -206,7 +203,7 @@ void greedy_kl(const GreedyAbsorbKlParams& params, int threads) {
   all.resize(n);
   parallel_for(n, threads, [&](int64_t i, int) { all.set(i, d.stats(p[i], l[i]), d, params.tau); });
 
-  const int64_t block = d.block(n);
+  const int64_t block = d.block(n, 0.75);
   Buffer<char> a(d.a_bytes(kCandidates)), b(d.b_bytes(std::min(block, n)));
   std::vector<Buffer<T>> scores(std::max(threads, 1));
   for (auto& s : scores) s.resize(round_up(kCandidates, d.gemm.mr) * kTileColumns);
@@ -244,11 +241,12 @@ void greedy_kl(const GreedyAbsorbKlParams& params, int threads) {
         T* c = scores[thread].get();
         d.gemm.run(ceil_div(candidates, d.gemm.mr), ceil_div(width, d.gemm.nr), d.depth, a.get(),
                    b.get() + j * d.depth * d.gemm.elem, c, kTileColumns);
-        uint8_t state[kTileColumns];
+        Decisions found;
         for (int64_t r = 0; r < candidates; ++r) {
           const int64_t i = lead_row[r];
-          d.kn.threshold(packed.row(all, i, j0 + j, params.tau), c + r * kTileColumns, width, state);
-          decide(state, width, &near[r * words + (j0 + j) / 64], [&](int64_t x) {
+          d.kn.threshold(packed.row(all, i, j0 + j, params.tau), c + r * kTileColumns, width, found.near,
+                         found.open);
+          found.resolve(0, ceil_div(width, 64), &near[r * words + (j0 + j) / 64], [&](int64_t x) {
             const int64_t row = columns[j0 + j + x];
             // The smaller index first, as everywhere: one pair has one decision.
             return row > i && owner[row] < 0 && d.near(i, row, params.tau);

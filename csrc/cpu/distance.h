@@ -16,8 +16,8 @@
 
 namespace vidops::cpu {
 
-// Bytes of each of the two packed operands (64 rows always fit). Results do not depend on it; tests lower it to
-// walk the path of several blocks on small inputs.
+// Bytes of both packed operands together (64 rows of each always fit). Results do not depend on it; tests
+// lower it to walk the path of several blocks on small inputs.
 int64_t& panel_budget();
 
 template <class T>
@@ -28,19 +28,18 @@ class Distance {
   const Kernels<T>& kn;
   const Gemm<T>& gemm;
   int64_t half, depth;  // padded columns of one half, of the product
-  bool bf16;
 
-  Distance(Rows<T> p_, Rows<T> l_, Rows<T> q_, Rows<T> m_, int64_t cols_, const Gemm<T>* low_precision)
+  // `product` replaces the level's own matrix product.
+  Distance(Rows<T> p_, Rows<T> l_, Rows<T> q_, Rows<T> m_, int64_t cols_, const Gemm<T>* product)
       : p(p_),
         l(l_),
         q(q_),
         m(m_),
         cols(cols_),
         kn(kernels<T>()),
-        gemm(low_precision ? *low_precision : kn.gemm),
+        gemm(product ? *product : kn.gemm),
         half(round_up(cols, gemm.k_align)),
         depth(2 * half),
-        bf16(low_precision != nullptr),
         p_centre_(cols),
         l_centre_(cols) {
     centre(p, p_centre_);
@@ -49,9 +48,10 @@ class Distance {
 
   int64_t a_bytes(int64_t rows) const { return round_up(rows, gemm.mr) * depth * gemm.elem; }
   int64_t b_bytes(int64_t rows) const { return round_up(rows, gemm.nr) * depth * gemm.elem; }
-  // Rows whose panels fit the budget, a multiple of 64 so that bit words do not straddle blocks.
-  int64_t block(int64_t rows) const {
-    const int64_t fit = panel_budget() / std::max<int64_t>(1, depth * gemm.elem) / 64 * 64;
+  // Rows whose panels fit a part of the budget, a multiple of 64 so that bit words do not straddle blocks.
+  int64_t block(int64_t rows, double part) const {
+    const double bytes = part * static_cast<double>(panel_budget());
+    const int64_t fit = static_cast<int64_t>(bytes) / std::max<int64_t>(1, depth * gemm.elem) / 64 * 64;
     return std::max<int64_t>(64, std::min(fit, round_up(rows, 64)));
   }
 
@@ -83,7 +83,8 @@ class Distance {
   }
 
   RowStats<T> stats(const T* map, const T* log) const {
-    return kn.row_stats(map, log, p_centre_.get(), l_centre_.get(), cols, bf16);
+    return kn.row_stats(map, log, p_centre_.get(), l_centre_.get(), cols,
+                        gemm.operand_error == OperandError::measured);
   }
 
   // The decision of a pair near tau: direct form, in double when rounding of T could matter.
@@ -127,7 +128,8 @@ struct Bounds {
     const double g = (d.gemm.depth + static_cast<double>(d.depth) / d.gemm.depth + 32) * eps;
     const double grow = 1.0 + 1e-3;  // the norms are rounded too
     const double pn = s.p_norm * grow, ln = s.l_norm * grow;
-    const double pe = s.p_error * grow + eps * pn, le = s.l_error * grow + eps * ln;
+    const double element = d.gemm.operand_error == OperandError::split ? 1.0 / (1 << 17) : eps;
+    const double pe = s.p_error * grow + element * pn, le = s.l_error * grow + element * ln;
     self[i] = static_cast<T>(s.self);
     p_norm[i] = static_cast<T>(pn);
     l_total[i] = static_cast<T>(ln + le);

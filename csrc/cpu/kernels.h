@@ -13,7 +13,7 @@ template <class T>
 struct RowStats {
   double self;  // sum p' l'
   T p_norm, l_norm;
-  T p_error, l_error;  // |bf16(x') - x'|, zero for full-precision operands
+  T p_error, l_error;  // |bf16(x') - x'|, zero where it was not asked for
 };
 
 // The thresholding of one tile row. Arrays are indexed by column, the `row_` values belong to the row.
@@ -24,13 +24,19 @@ struct Threshold {
   T tau;
 };
 
+// How far packed operands are from what was packed: not at all; by what row_stats measures; by at most 2^-17
+// of every element (split into two bf16, which also covers the product of the two small parts, left out).
+enum class OperandError { none, measured, split };
+
 // A packed matrix product C = A B^T. A is cut into panels of mr rows, B into panels of nr rows; a panel holds
 // all K columns (a multiple of k_align; the padding is zero), so a panel takes mr * K (nr * K) elements of
 // `elem` bytes.
 template <class T>
 struct Gemm {
   int mr, nr, k_align, elem;
-  int depth;  // columns summed before the running total is touched: bounds the rounding error
+  // A sum over K columns is within (depth + K/depth + 32) eps of exact, relative to the sum of magnitudes.
+  int depth;
+  OperandError operand_error;
   // Writes columns [k0, k0+width) of a panel of `count` given rows minus `centre` (may be null); zero-fills
   // the rest of the rows and the columns up to round_up(width, k_align).
   void (*pack_a)(const T* const* rows, int count, int64_t width, const T* centre, T scale, int64_t k0,
@@ -59,14 +65,19 @@ struct Kernels {
   double (*pair64)(const T* p, const T* lp, const T* q, const T* lq, int64_t n);
   RowStats<T> (*row_stats)(const T* p, const T* lp, const T* p_centre, const T* l_centre, int64_t n,
                            bool bf16);
-  // state: 1 = surely near, 0 = surely not, 2 = within the error bound of tau (or NaN)
-  void (*threshold)(const Threshold<T>& t, const T* cross, int64_t n, uint8_t* state);
+  // Bits of n columns, in words of 64: surely near; within the error bound of tau (or NaN)
+  void (*threshold)(const Threshold<T>& t, const T* cross, int64_t n, uint64_t* near, uint64_t* open);
   // Adds the rows picked by the bits of 64 source rows: see neighbour_mean. table: 16 nibbles x 16 sums x
   // width.
   int gather_width;
   void (*nibble_table)(const T* const* rows, int64_t column, int64_t width, T* table);
   void (*nibble_add)(const T* table, uint64_t bits, T* sum);
   void (*wide_add)(const T* x, T* sum);  // sum += x, gather_width elements
+  // One leader of the greedy walk: rows in both `row` and `alive` (words of 64) leave `alive` and get their
+  // owner and label. owner, label: 64 elements per word, written only where a bit is taken. alive: whole
+  // groups of 8 words are read and written.
+  void (*absorb)(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, int64_t rank,
+                 int64_t* owner, int64_t* label);
 };
 
 template <class T>
@@ -76,7 +87,9 @@ const Kernels<T>& kernels() {
   return kernels_for<T>(cpu_isa_level());
 }
 
-// bf16 operands, fp32 sums; null where the level has none.
+// fp32 sums of bf16 operands, and of operands split into two bf16 (float32 accuracy); null where the level
+// has none.
 const Gemm<float>* bf16_gemm(CpuIsa isa);
+const Gemm<float>* split_gemm(CpuIsa isa);
 
 }  // namespace vidops::cpu

@@ -134,7 +134,7 @@ T row_max(const T* x, int64_t n) {
 // exp to about 1 ulp: x = n ln2 + r, degree-7 Taylor on |r| <= ln2/2, 2^n in two factors so that the result
 // underflows gradually. NaN goes through the polynomial.
 VIDOPS_INLINE VF exp_vector(VF x) {
-#if defined(VIDOPS_HAS_SCALEF)
+#if defined(VIDOPS_HAS_AVX512)
   x = _mm512_max_ps(splat(-104.0f),
                     _mm512_min_ps(splat(88.72284f), x));  // a NaN in the second place is returned
 #else
@@ -152,7 +152,7 @@ VIDOPS_INLINE VF exp_vector(VF x) {
   p = p * r + splat(1.6666667e-1f);
   p = p * r + splat(0.5f);
   p = p * r * r + r + splat(1.0f);
-#if defined(VIDOPS_HAS_SCALEF)
+#if defined(VIDOPS_HAS_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
   const VI ni = reinterpret_cast<VI>(biased) - reinterpret_cast<VI>(magic);
@@ -345,14 +345,56 @@ RowStats<T> row_stats(const T* p, const T* lp, const T* p_centre, const T* l_cen
           T(__builtin_sqrt(sums[4]))};
 }
 
+// One bit per lane of a comparison.
+template <class M>
+VIDOPS_INLINE uint64_t lane_bits(M lanes) {
+  constexpr int kLane = sizeof(lanes[0]);
+#if defined(VIDOPS_HAS_AVX512)
+  if constexpr (kLane == 4)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes));
+  else
+    return _mm512_movepi64_mask(reinterpret_cast<__m512i>(lanes));
+#elif VIDOPS_VECTOR_BYTES == 32
+  if constexpr (kLane == 4)
+    return static_cast<unsigned>(__builtin_ia32_movmskps256(reinterpret_cast<VF>(lanes)));
+  else
+    return static_cast<unsigned>(__builtin_ia32_movmskpd256(reinterpret_cast<Lanes<double>::V>(lanes)));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < VIDOPS_VECTOR_BYTES / kLane; ++l) bits |= uint64_t(lanes[l] & 1) << l;
+  return bits;
+#endif
+}
+
 template <class T>
-void threshold(const Threshold<T>& t, const T* cross, int64_t n, uint8_t* state) {
-  for (int64_t j = 0; j < n; ++j) {
-    const T d = t.row_self + t.self[j] - cross[j];
-    const T band = t.row_p_error * t.l_total[j] + t.row_p_norm * t.l_weight[j] +
-                   t.p_error[j] * t.row_l_total + t.p_norm[j] * t.row_l_weight + (t.row_base + t.base[j]);
-    const int near = d <= t.tau - band, far = d > t.tau + band;
-    state[j] = static_cast<uint8_t>(near | ((near | far) ^ 1) << 1);
+void threshold(const Threshold<T>& given, const T* cross, int64_t n, uint64_t* near, uint64_t* open) {
+  constexpr int W = Lanes<T>::W;
+  using V = typename Lanes<T>::V;
+  const Threshold<T> t = given;  // a copy, which the words that are written cannot alias
+  for (int64_t start = 0; start < n; start += 64) {
+    const int64_t end = start + 64 < n ? start + 64 : n;
+    uint64_t sure = 0, unsure = 0;
+    int64_t j = start;
+    for (; j + W <= end; j += W) {
+      const V d = splat(t.row_self) + load(t.self + j) - load(cross + j);
+      const V band = splat(t.row_p_error) * load(t.l_total + j) + splat(t.row_p_norm) * load(t.l_weight + j) +
+                     splat(t.row_l_total) * load(t.p_error + j) + splat(t.row_l_weight) * load(t.p_norm + j) +
+                     (splat(t.row_base) + load(t.base + j));
+      const uint64_t is_near = lane_bits(d <= splat(t.tau) - band);
+      const uint64_t is_far = lane_bits(d > splat(t.tau) + band);
+      sure |= is_near << (j - start);
+      unsure |= (((uint64_t{1} << W) - 1) & ~(is_near | is_far)) << (j - start);
+    }
+    for (; j < end; ++j) {
+      const T d = t.row_self + t.self[j] - cross[j];
+      const T band = t.row_p_error * t.l_total[j] + t.row_p_norm * t.l_weight[j] +
+                     t.row_l_total * t.p_error[j] + t.row_l_weight * t.p_norm[j] + (t.row_base + t.base[j]);
+      const bool is_near = d <= t.tau - band, is_far = d > t.tau + band;
+      sure |= uint64_t{is_near} << (j - start);
+      unsure |= uint64_t{!is_near && !is_far} << (j - start);
+    }
+    near[start / 64] = sure;
+    open[start / 64] = unsure;
   }
 }
 
@@ -404,10 +446,63 @@ void wide_add(const T* x, T* sum) {
   store(sum + W, load(sum + W) + load(x + W));
 }
 
+// Gives the rows named by the bits of one word to a leader.
+VIDOPS_INLINE void mark(uint64_t taken, int64_t lead, int64_t rank, int64_t* owner, int64_t* label) {
+#if defined(VIDOPS_HAS_AVX512)
+  if (__builtin_popcountll(taken) > 8) {
+    const __m512i leads = _mm512_set1_epi64(lead), ranks = _mm512_set1_epi64(rank);
+#pragma GCC unroll 8
+    for (int eight = 0; eight < 8; ++eight) {
+      const __mmask8 some = static_cast<__mmask8>(taken >> (8 * eight));
+      _mm512_mask_storeu_epi64(owner + 8 * eight, some, leads);
+      _mm512_mask_storeu_epi64(label + 8 * eight, some, ranks);
+    }
+    return;
+  }
+#endif
+  for (; taken; taken &= taken - 1) {
+    const int bit = __builtin_ctzll(taken);
+    owner[bit] = lead;
+    label[bit] = rank;
+  }
+}
+
+// Most words of a row hold nobody who is still free, so eight are looked at together.
+void absorb(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, int64_t rank, int64_t* owner,
+            int64_t* label) {
+  for (int64_t w = 0; w < words; w += 8) {
+    const int64_t here = words - w < 8 ? words - w : 8;
+#if defined(VIDOPS_HAS_AVX512)
+    const __mmask8 used = static_cast<__mmask8>((1u << here) - 1);
+    const __m512i bits = _mm512_maskz_loadu_epi64(used, row + w);
+    const __m512i free = _mm512_loadu_si512(alive + w);
+    unsigned hit = _mm512_test_epi64_mask(bits, free);
+    if (!hit) continue;
+    uint64_t taken[8];
+    _mm512_storeu_si512(taken, _mm512_and_si512(bits, free));
+    _mm512_storeu_si512(alive + w, _mm512_andnot_si512(bits, free));
+    for (; hit; hit &= hit - 1) {
+      const int k = __builtin_ctz(hit);
+      mark(taken[k], lead, rank, owner + (w + k) * 64, label + (w + k) * 64);
+    }
+#else
+    uint64_t any = 0;
+    for (int64_t k = 0; k < here; ++k) any |= row[w + k] & alive[w + k];
+    if (!any) continue;
+    for (int64_t k = 0; k < here; ++k) {
+      const uint64_t taken = row[w + k] & alive[w + k];
+      alive[w + k] ^= taken;
+      mark(taken, lead, rank, owner + (w + k) * 64, label + (w + k) * 64);
+    }
+#endif
+  }
+}
+
 template <class T>
 constexpr Kernels<T> make_table() {
   using L = Lanes<T>;
-  return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), pack<T, L::MR>, pack<T, L::NR>, gemm<T>},
+  return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), OperandError::none, pack<T, L::MR>, pack<T, L::NR>,
+           gemm<T>},
           pack_kmajor<T, L::MR>,
           pack_kmajor<T, L::NR>,
           row_max<T>,
@@ -423,7 +518,8 @@ constexpr Kernels<T> make_table() {
           L::NR,
           nibble_table<T>,
           nibble_add<T>,
-          wide_add<T>};
+          wide_add<T>,
+          absorb};
 }
 
 }  // namespace

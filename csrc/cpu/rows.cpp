@@ -126,28 +126,31 @@ void segment_mean(const SegmentMeanParams& params, int threads) {
   });
 }
 
+// Only leaders' rows are read. The next two rows that may lead are fetched while the current one absorbs:
+// with many leaders the walk is bound by the latency of its first touch of a row.
 void greedy_absorb(const GreedyAbsorbParams& params) {
-  const int64_t rows = params.owner.shape[0], words = ceil_div(rows, 64);
+  const Kernels<float>& kn = kernels<float>();
+  const int64_t rows = params.owner.shape[0], words = ceil_div(rows, 64), pitch = params.adjacency.stride[0];
   const uint64_t* bits = params.adjacency.as<uint64_t>();
   int64_t* owner = params.owner.as<int64_t>();
   int64_t* label = params.label.as<int64_t>();
   int64_t leaders = 0;
-  std::vector<uint64_t> alive(words, ~uint64_t{0});
+  std::vector<uint64_t> alive(words + 8, 0);
+  std::fill_n(alive.begin(), words, ~uint64_t{0});
   if (rows % 64) alive[words - 1] = (uint64_t{1} << (rows % 64)) - 1;
   for (int64_t start = 0; start < words; ++start) {
     while (alive[start]) {
       const int64_t lead = start * 64 + __builtin_ctzll(alive[start]);
-      const uint64_t* row = bits + lead * params.adjacency.stride[0];
-      for (int64_t w = start; w < words; ++w) {
-        uint64_t taken = row[w] & alive[w];
-        if (w == start) taken |= uint64_t{1} << (lead % 64);
-        alive[w] &= ~taken;
-        for (; taken; taken &= taken - 1) {
-          const int64_t j = w * 64 + __builtin_ctzll(taken);
-          owner[j] = lead;
-          label[j] = leaders;
-        }
+      alive[start] &= alive[start] - 1;
+      owner[lead] = lead;
+      label[lead] = leaders;
+      uint64_t next = alive[start];
+      for (int ahead = 0; next && ahead < 2; ++ahead, next &= next - 1) {
+        const uint64_t* row = bits + (start * 64 + __builtin_ctzll(next)) * pitch;
+        for (int64_t w = start; w < words; w += 8) __builtin_prefetch(row + w);
       }
+      kn.absorb(bits + lead * pitch + start, &alive[start], words - start, lead, leaders, owner + start * 64,
+                label + start * 64);
       ++leaders;
     }
   }

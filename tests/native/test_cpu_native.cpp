@@ -433,6 +433,35 @@ void clusters(const Shape& s, bool with_lse) {
   }
 }
 
+// The greedy walk on relations that are neither symmetric nor reflexive, sparse to full, with unused words
+// between the rows: the sequential rule is the definition.
+void walk(int64_t n, double density) {
+  Array<int64_t> a({n, words_of(n)}, 3);
+  std::bernoulli_distribution draw(density);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t w = 0; w < words_of(n); ++w) {
+      uint64_t word = 0;
+      for (int64_t j = w * 64; j < std::min(n, w * 64 + 64); ++j)
+        word |= uint64_t{draw(generator)} << (j % 64);
+      a.at(i, w) = static_cast<int64_t>(word);
+    }
+  Array<int64_t> o({n}), l({n}), count({1});
+  GreedyAbsorbParams gp;
+  gp.adjacency = a.view(), gp.owner = o.view(), gp.label = l.view(), gp.count = count.view();
+  greedy_absorb_forward_cpu(gp, 1);
+  std::vector<int64_t> owner(n, -1), label(n, -1);
+  int64_t leaders = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (owner[i] >= 0) continue;
+    for (int64_t j = 0; j < n; ++j)
+      if (owner[j] < 0 && (j == i || bit(a, i, j))) owner[j] = i, label[j] = leaders;
+    ++leaders;
+  }
+  bool equal = count.at(0, 0) == leaders && o.guarded() && l.guarded();
+  for (int64_t i = 0; i < n; ++i) equal = equal && o.at(0, i) == owner[i] && l.at(0, i) == label[i];
+  expect(equal, "greedy walk, n " + std::to_string(n) + ", density " + std::to_string(density));
+}
+
 void corner_cases() {
   // Logits 400 apart: P underflows, its log must not.
   Array<float> q({1, 1, 1, 1}), k({1, 1, 2, 1}), p({1, 1, 2}), lp({1, 1, 2}), lse({1, 1, 1});
@@ -477,6 +506,21 @@ void corner_cases() {
   expect(refused, "an unknown level is refused");
 }
 
+void no_logarithm_with_dropout() {
+  auto q = normal<float>({1, 2, 3, 4}, 1, 0), k = normal<float>({1, 2, 5, 4}, 1, 0);
+  Array<float> map({1, 3, 5}), log_map({1, 3, 5}), lse({1, 2, 3});
+  AttentionHeadMeanParams hp;
+  hp.q = q.view(), hp.k = k.view(), hp.p = map.view(), hp.log_p = log_map.view(), hp.lse = lse.view();
+  hp.dropout_p = 0.5;
+  bool refused = false;
+  try {
+    attention_head_mean_forward_cpu(hp, 1);
+  } catch (const ArgumentError&) {
+    refused = true;
+  }
+  expect(refused, "the logarithm of a map with dropout is refused");
+}
+
 template <class T>
 void everything() {
   for (const Shape& s :
@@ -484,6 +528,7 @@ void everything() {
     for (double drop : {0.0, 0.3}) attention<T>(s, drop);
   attention<T>({0, 2, 3, 4, 5}, 0.0);
   for (int64_t n : {1, 2, 15, 64, 131, 300}) clustering<T>(n, n == 1 ? 1 : n + 6);
+  clustering<T>(520, 12);  // several blocks of the first operand against a resident second one
   // Several blocks of packed rows, which real sizes need and these would not.
   const int64_t budget = vidops::cpu::panel_budget();
   vidops::cpu::panel_budget() = 1;
@@ -500,7 +545,10 @@ int main() {
     set_cpu_isa(isa.c_str());
     where = isa + " float32";
     everything<float>();
+    for (int64_t n : {1, 63, 64, 65, 513, 1100})
+      for (double density : {0.0, 0.004, 0.06, 0.5, 1.0}) walk(n, density);
     corner_cases();
+    no_logarithm_with_dropout();
     where = isa + " float64";
     everything<double>();
   }

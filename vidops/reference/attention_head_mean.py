@@ -14,15 +14,18 @@ def attention_head_mean(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (B,H,N,D), k (B,H,M,D) -> P (B,N,M), log P (B,N,M) or (0,), lse (B,H,N).
 
-    log P = logsumexp_h(s_h - lse_h) - log H is finite wherever the logits are, unlike the logarithm of P.
+    log P = logsumexp_h(s_h - lse_h) - log H is finite wherever the logits are, unlike the logarithm of P. A map
+    with dropout has exact zeros, so asking for its logarithm is a ValueError.
     """
+    if with_log and dropout_p > 0:
+        raise ValueError("log_p: a map with dropout has no logarithm; ask for one or the other")
     dtype = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale
     lse = torch.logsumexp(logits, dim=-1)
     log_heads = logits - lse[..., None]
     log_p = torch.logsumexp(log_heads, dim=1) - math.log(q.shape[1])
     if dropout_p > 0:
-        # The map of a training step: mean of the dropped, rescaled weights (sheet 2.2). It has no logarithm.
+        # The map of a training step: mean of the dropped, rescaled weights (sheet 2.2).
         p = (log_heads.exp() * dropout_factor(logits.shape, dropout_p, seed, dtype, q.device)).mean(dim=1)
     else:
         p = log_p.exp()
