@@ -59,7 +59,8 @@ inline TensorView view(const pybind11::capsule& capsule) {
   v.data = static_cast<char*>(t->data) + (t->data != nullptr ? t->byte_offset : 0);
   // FakeTensors have a null address: refuse them instead of reading it.
   require(packed == 0 || t->data != nullptr, "a tensor has no memory behind it");
-  require(v.rank == 0 || v.shape[v.rank - 1] <= 1 || v.stride[v.rank - 1] == 1,
+  // An empty tensor counts as contiguous for torch, whatever its strides.
+  require(packed == 0 || v.rank == 0 || v.shape[v.rank - 1] <= 1 || v.stride[v.rank - 1] == 1,
           "a tensor's last axis is not contiguous");
   return v;
 }

@@ -2,11 +2,16 @@
 #include <cstdint>
 
 #include "bindings.h"
+#include "vidops/assign_clusters.h"
+#include "vidops/assign_rows.h"
+#include "vidops/attention_head_mean.h"
 #include "vidops/greedy_absorb.h"
 #include "vidops/greedy_absorb_kl.h"
+#include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
+#include "vidops/video_attention.h"
 
 namespace vidops::bindings {
 
@@ -14,11 +19,58 @@ void bind_cuda(pybind11::module_& m) {
   namespace py = pybind11;
   using py::capsule;
 
-  m.def("greedy_absorb_workspace_cuda", &greedy_absorb_workspace_cuda);
+  m.def("assign_clusters_workspace_cuda", &assign_clusters_workspace_cuda);
+  m.def("assign_rows_workspace_cuda", &assign_rows_workspace_cuda);
+  m.def("attention_head_mean_workspace_cuda", &attention_head_mean_workspace_cuda);
   m.def("greedy_absorb_kl_workspace_cuda", &greedy_absorb_kl_workspace_cuda);
+  m.def("greedy_absorb_workspace_cuda", &greedy_absorb_workspace_cuda);
+  m.def("neighbour_mean_workspace_cuda", &neighbour_mean_workspace_cuda);
   m.def("segment_mean_workspace_cuda", &segment_mean_workspace_cuda);
-  m.def("symmetric_kl_workspace_cuda", &symmetric_kl_workspace_cuda);
   m.def("symmetric_kl_adjacency_workspace_cuda", &symmetric_kl_adjacency_workspace_cuda);
+  m.def("symmetric_kl_workspace_cuda", &symmetric_kl_workspace_cuda);
+  m.def("video_attention_workspace_cuda", &video_attention_workspace_cuda);
+  m.def("assign_clusters_forward_cuda",
+        [](capsule q, capsule k, capsule lse, capsule centroids, capsule log_centroids, capsule label,
+           capsule workspace, double scale, int64_t pass_rows, int device, uintptr_t stream) {
+          AssignClustersParams a;
+          a.q = view(q), a.k = view(k), a.lse = view(lse);
+          a.centroids = view(centroids), a.log_centroids = view(log_centroids);
+          a.label = view(label), a.workspace = view(workspace);
+          a.scale = scale, a.pass_rows = pass_rows;
+          py::gil_scoped_release release;
+          assign_clusters_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("assign_rows_forward_cuda",
+        [](capsule p, capsule log_p, capsule centroids, capsule log_centroids, capsule label, capsule workspace,
+           int64_t pass_rows, int device, uintptr_t stream) {
+          AssignRowsParams a;
+          a.p = view(p), a.log_p = view(log_p);
+          a.centroids = view(centroids), a.log_centroids = view(log_centroids);
+          a.label = view(label), a.workspace = view(workspace);
+          a.pass_rows = pass_rows;
+          py::gil_scoped_release release;
+          assign_rows_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("attention_head_mean_forward_cuda",
+        [](capsule q, capsule k, capsule p, capsule log_p, capsule lse, capsule workspace, double scale,
+           double dropout_p, uint64_t seed, int device, uintptr_t stream) {
+          AttentionHeadMeanParams a;
+          a.q = view(q), a.k = view(k), a.p = view(p), a.log_p = view(log_p), a.lse = view(lse);
+          a.workspace = view(workspace);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          attention_head_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("attention_head_mean_backward_cuda",
+        [](capsule grad_p, capsule q, capsule k, capsule lse, capsule grad_q, capsule grad_k, capsule workspace,
+           double scale, double dropout_p, uint64_t seed, int device, uintptr_t stream) {
+          AttentionHeadMeanBackwardParams a;
+          a.grad_p = view(grad_p), a.q = view(q), a.k = view(k), a.lse = view(lse);
+          a.grad_q = view(grad_q), a.grad_k = view(grad_k), a.workspace = view(workspace);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          attention_head_mean_backward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
   m.def("greedy_absorb_forward_cuda", [](capsule adjacency, capsule owner, capsule label, capsule count,
                                          capsule workspace, int device, uintptr_t stream) {
     GreedyAbsorbParams a;
@@ -37,6 +89,14 @@ void bind_cuda(pybind11::module_& m) {
           py::gil_scoped_release release;
           greedy_absorb_kl_forward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
+  m.def("neighbour_mean_forward_cuda", [](capsule adjacency, capsule p, capsule mean, capsule workspace, int device,
+                                          uintptr_t stream) {
+    NeighbourMeanParams a;
+    a.adjacency = view(adjacency), a.p = view(p), a.mean = view(mean);
+    a.workspace = view(workspace);
+    py::gil_scoped_release release;
+    neighbour_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+  });
   m.def("segment_mean_forward_cuda",
         [](capsule x, capsule label, capsule mean, capsule workspace, int device, uintptr_t stream) {
           SegmentMeanParams a;
@@ -62,6 +122,28 @@ void bind_cuda(pybind11::module_& m) {
           a.workspace = view(workspace), a.tau = tau, a.filtered = filtered;
           py::gil_scoped_release release;
           symmetric_kl_adjacency_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("video_attention_forward_cuda",
+        [](capsule q, capsule k, capsule v, capsule out, capsule map, capsule lse, capsule workspace, double scale,
+           double dropout_p, uint64_t seed, int device, uintptr_t stream) {
+          VideoAttentionParams a;
+          a.q = view(q), a.k = view(k), a.v = view(v), a.out = view(out), a.map = view(map), a.lse = view(lse);
+          a.workspace = view(workspace);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          video_attention_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("video_attention_backward_cuda",
+        [](capsule grad_out, capsule grad_map, capsule q, capsule k, capsule v, capsule lse, capsule grad_q,
+           capsule grad_k, capsule grad_v, capsule workspace, double scale, double dropout_p, uint64_t seed,
+           int device, uintptr_t stream) {
+          VideoAttentionBackwardParams a;
+          a.grad_out = view(grad_out), a.grad_map = view(grad_map), a.q = view(q), a.k = view(k), a.v = view(v);
+          a.lse = view(lse), a.grad_q = view(grad_q), a.grad_k = view(grad_k), a.grad_v = view(grad_v);
+          a.workspace = view(workspace);
+          a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
+          py::gil_scoped_release release;
+          video_attention_backward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
 }
 

@@ -108,9 +108,9 @@ void segment_mean(const SegmentMeanParams& params, int threads) {
   T* mean = params.mean.as<T>();
   std::vector<int64_t> size(segments, 0);
   for (int64_t i = 0; i < rows; ++i) {
-    require(label[i] >= 0 && label[i] < segments, "label " + std::to_string(label[i]) + " of row " +
-                                                      std::to_string(i) + " is outside [0, " +
-                                                      std::to_string(segments) + ")");
+    if (label[i] < 0 || label[i] >= segments)
+      throw ArgumentError("label: expected values in [0, " + std::to_string(segments) + "), got " +
+                          std::to_string(label[i]) + " in row " + std::to_string(i));
     ++size[label[i]];
   }
   constexpr int64_t kColumns = 256;

@@ -17,21 +17,24 @@ using i64 = long long;
 
 #ifdef VIDOPS_SHIM
 #define VIDOPS_DEVICE inline
-#define VIDOPS_KERNEL(threads) void
+#define VIDOPS_KERNEL(...) void
 #define VIDOPS_SHARED(name) char* name = ::shim::machine().shared
 #define VIDOPS_BODY(host, device) { host }
 #define VIDOPS_INFINITY __builtin_inff()
 #define VIDOPS_UNROLL
 #define VIDOPS_UNROLL_BY(n)
+#define VIDOPS_NO_UNROLL
 #else
 #define VIDOPS_DEVICE __device__ __forceinline__
-#define VIDOPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads per block and, optionally, the blocks per multiprocessor that registers must leave room for.
+#define VIDOPS_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define VIDOPS_SHARED(name) extern __shared__ __align__(128) char name[]
 #define VIDOPS_BODY(host, device) { device }
 #define VIDOPS_INFINITY __int_as_float(0x7f800000)
 #define VIDOPS_UNROLL _Pragma("unroll")
 #define VIDOPS_PRAGMA(text) _Pragma(#text)
 #define VIDOPS_UNROLL_BY(n) VIDOPS_PRAGMA(unroll n)
+#define VIDOPS_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 constexpr int kWarp = 32;
@@ -80,6 +83,10 @@ VIDOPS_DEVICE float bits_float(u32 b) VIDOPS_BODY(float v; memcpy(&v, &b, 4); re
 VIDOPS_DEVICE u32 multiply_high(u32 a, u32 b) VIDOPS_BODY(return (u32)((u64)a * b >> 32);, return __umulhi(a, b);)
 VIDOPS_DEVICE float exp2_fast(float v)
     VIDOPS_BODY(return exp2f(v);, float r; asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
+// The same with results below the normal range flushed to 0: one instruction instead of four.
+VIDOPS_DEVICE float exp2_flush(float v)
+    VIDOPS_BODY(const float r = exp2f(v); return r < 0x1p-126f ? 0.0f : r;,
+                float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
 VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
 VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)
 // a * b + c, rounded once on every machine: the compiler is left no choice.
@@ -89,6 +96,8 @@ VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.
 VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+// The number if one of the two is NaN.
+VIDOPS_DEVICE float larger_number(float a, float b) VIDOPS_BODY(return ::fmaxf(a, b);, return ::fmaxf(a, b);)
 
 VIDOPS_DEVICE float half_to_float(u16 h)
     VIDOPS_BODY(_Float16 v; memcpy(&v, &h, 2); return (float)v;,
@@ -102,6 +111,16 @@ VIDOPS_DEVICE u16 float_to_bfloat(float v) {
   const u32 b = float_bits(v);
   return (u16)((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
 }
+
+// Two floats as 16-bit values in one word, `low` in the lower half; NaN and infinities survive.
+VIDOPS_DEVICE u32 pack_half(float low, float high)
+    VIDOPS_BODY(return float_to_half(low) | (u32)float_to_half(high) << 16;,
+                u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r;)
+VIDOPS_DEVICE u32 pack_bfloat(float low, float high)
+    VIDOPS_BODY(const u32 l = finite(low) ? float_to_bfloat(low) : float_bits(low) >> 16 | (low != low) << 6;
+                const u32 h = finite(high) ? float_to_bfloat(high) : float_bits(high) >> 16 | (high != high) << 6;
+                return l | h << 16;,
+                u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r;)
 
 // --- asynchronous copies global -> shared ---------------------------------------------------------------------------
 // 16 bytes, both sides aligned to 16; without `valid` the destination is zero-filled and nothing is read.

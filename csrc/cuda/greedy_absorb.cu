@@ -6,6 +6,7 @@ namespace vidops::cuda {
 constexpr int kWalkThreads = 512;
 constexpr int kOwnerThreads = 128;
 constexpr int kWordBits = 64;
+constexpr int kAhead = 8;  // leaders' rows in flight
 
 struct GreedyAbsorbArgs {
   const u64* adjacency;
@@ -61,8 +62,14 @@ VIDOPS_KERNEL(kWalkThreads) greedy_absorb_walk(GreedyAbsorbArgs a) {
     if (leads) {
       for (int column = w + 1 + me; column < a.words; column += kWalkThreads) {
         u64 covered = 0;
-        for (u64 rest = leads; rest; rest &= rest - 1)
-          covered |= a.adjacency[(first + lowest_bit(rest)) * a.row_stride + column];
+        for (u64 rest = leads; rest;) {
+          u64 bits[kAhead];
+          VIDOPS_UNROLL
+          for (int u = 0; u < kAhead; ++u, rest &= rest - 1)
+            bits[u] = rest ? a.adjacency[(first + lowest_bit(rest)) * a.row_stride + column] : 0;
+          VIDOPS_UNROLL
+          for (int u = 0; u < kAhead; ++u) covered |= bits[u];
+        }
         absorbed[column] |= covered;
       }
     }

@@ -26,6 +26,8 @@ class DeviceGuard {
 
 inline void zero_async(const char*, void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
 
+inline size_t shared_limit(const char*) { return shim::kMaxSharedBytes; }
+
 #define VIDOPS_LAUNCH(op, kernel, grid, threads, shared_bytes, stream, ...)                                     \
   do {                                                                                                          \
     (void)(stream);                                                                                             \
@@ -66,6 +68,15 @@ class DeviceGuard {
 
 inline void zero_async(const char* op, void* data, size_t bytes, void* stream) {
   check(op, "cudaMemsetAsync", cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// Shared memory that a block may ask for on the current device: 227 KB on Hopper, 163 on A100, 99 on most others.
+inline size_t shared_limit(const char* op) {
+  int device = 0, bytes = 0;
+  check(op, "cudaGetDevice", cudaGetDevice(&device));
+  check(op, "cudaDeviceGetAttribute",
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<size_t>(bytes);
 }
 
 // More than 48 KB of dynamic shared memory must be asked for, per device; the call is a table look-up in the

@@ -39,7 +39,7 @@ def same(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -
 
 
 def shape(name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(f"{name}: expected shape {meaning} = {tuple(expected)}, got {tuple(value.shape)}")
 
 
@@ -71,22 +71,35 @@ def attention_pair(q: Any, k: Any, *, rank: tuple[int, int]) -> tuple[torch.Tens
     tensor("q", q, rank=rank)
     tensor("k", k, rank=rank)
     same("k", k, "q", q)
-    expected = (*q.shape[:-2], k.shape[-2], q.shape[-1])
-    if k.dim() != q.dim() or tuple(k.shape) != expected:
+    q_shape, k_shape = q.shape, k.shape
+    if len(k_shape) != len(q_shape) or k_shape[-1] != q_shape[-1] or k_shape[:-2] != q_shape[:-2]:
         raise ValueError(
-            f"k: expected shape (..., heads, keys, channels) matching q {tuple(q.shape)} in all axes but the "
-            f"token axis, got {tuple(k.shape)}"
+            f"k: expected shape (..., heads, keys, channels) matching q {tuple(q_shape)} in all axes but the "
+            f"token axis, got {tuple(k_shape)}"
         )
-    for axis, meaning in ((-3, "head"), (-1, "channel")):
-        if q.shape[axis] == 0:
-            raise ValueError(f"q: expected at least one {meaning}, got shape {tuple(q.shape)}")
-    if k.shape[-2] == 0:
-        raise ValueError(f"k: expected at least one key (a softmax over none is undefined), got {tuple(k.shape)}")
+    if q_shape[-3] == 0 or q_shape[-1] == 0:
+        missing = "head" if q_shape[-3] == 0 else "channel"
+        raise ValueError(f"q: expected at least one {missing}, got shape {tuple(q_shape)}")
+    if k_shape[-2] == 0:
+        raise ValueError(f"k: expected at least one key (a softmax over none is undefined), got {tuple(k_shape)}")
     return q, k
 
 
 def scale(value: Any, channels: int) -> float:
     return channels**-0.5 if value is None else number("scale", value)
+
+
+def one_batch(value: torch.Tensor, rank: int) -> torch.Tensor:
+    """`value` with all axes before its last ``rank - 1`` as one; itself, at no cost, when it has `rank` axes."""
+    if value.dim() == rank:
+        return value
+    kept = value.shape[1 - rank :]
+    return value.reshape(math.prod(value.shape[: 1 - rank]), *kept)  # -1 would be ambiguous for empty tensors
+
+
+def like_lead(value: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """`value` (batch, ...) with the leading axes `lead` in place of the one of `one_batch`."""
+    return value if len(lead) == 1 else value.view(*lead, *value.shape[1:])
 
 
 def map_and_log(
@@ -99,11 +112,14 @@ def map_and_log(
     tensor(name, p, rank=rank)
     if p.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one column, got shape {tuple(p.shape)}")
-    p = p.to(accumulation_dtype(p.dtype))
+    # A cast to the same dtype would still cost a dispatch.
+    if p.dtype not in (torch.float32, torch.float64):
+        p = p.float()
     if log_p is None:
         return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
     tensor(f"log_{name}", log_p, rank=rank)
-    log_p = log_p.to(accumulation_dtype(log_p.dtype))
+    if log_p.dtype not in (torch.float32, torch.float64):
+        log_p = log_p.float()
     same(f"log_{name}", log_p, name, p)
     shape(f"log_{name}", log_p, tuple(p.shape), f"of {name}")
     return p, log_p

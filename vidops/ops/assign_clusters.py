@@ -44,7 +44,7 @@ def assign_clusters(
 
     A centroid with NaN never wins; a token with a NaN attention row gets label 0.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> q, k = torch.randn(2, 5, 4), torch.randn(2, 7, 4)
@@ -90,6 +90,23 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
+def _cuda_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    centroids: torch.Tensor,
+    log_centroids: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    label = _fake(q, k, lse, centroids, log_centroids, scale, "")
+    single, automatic = q.dtype == torch.float32, 0  # as many rows at a time as the launcher sees fit
+    words = _native.C.assign_clusters_workspace_cuda(*q.shape, k.shape[1], centroids.shape[0], single, automatic)
+    workspace = label.new_empty(words)
+    views = [_native.view(t) for t in (q, k, lse, centroids, log_centroids, label, workspace)]
+    _native.C.assign_clusters_forward_cuda(*views, scale, automatic, *_native.stream(q))
+    return label
+
+
 OP = Op(
     "assign_clusters",
     schema="(Tensor q, Tensor k, Tensor lse, Tensor centroids, Tensor log_centroids, float scale, str backend)"
@@ -101,5 +118,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

@@ -35,7 +35,7 @@ def assign_rows(
 
     A centroid with NaN never wins; a row with NaN gets label 0.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> p = torch.tensor([[0.5, 0.5], [0.8, 0.2]])
@@ -59,9 +59,7 @@ def checked_centroids(
     if centroids.device != like.device:
         raise ValueError(f"centroids: expected device {like.device}, got {centroids.device}")
     if centroids.shape[0] == 0 or centroids.shape[1] != columns:
-        raise ValueError(
-            f"centroids: expected shape (K >= 1, {meaning} = {columns}), got {tuple(centroids.shape)}"
-        )
+        raise ValueError(f"centroids: expected shape (K >= 1, {meaning} = {columns}), got {tuple(centroids.shape)}")
     return centroids, log_centroids
 
 
@@ -81,6 +79,16 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
+def _cuda_forward(*args: torch.Tensor) -> torch.Tensor:
+    label = _fake(*args, "")
+    p, centroids = args[0], args[2]
+    automatic = 0  # as many rows at a time as the launcher sees fit
+    words = _native.C.assign_rows_workspace_cuda(*p.shape, centroids.shape[0], automatic)
+    views = [_native.view(t) for t in (*args, label, label.new_empty(words))]
+    _native.C.assign_rows_forward_cuda(*views, automatic, *_native.stream(p))
+    return label
+
+
 OP = Op(
     "assign_rows",
     schema="(Tensor p, Tensor log_p, Tensor centroids, Tensor log_centroids, str backend) -> Tensor",
@@ -89,5 +97,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def attention_head_mean(
 
     NaN or infinity in a query row makes that row of the map NaN; in a key, every row.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> q, k = torch.randn(8, 6, 16), torch.randn(8, 10, 16)
@@ -61,14 +60,13 @@ def attention_head_mean(
     factor = _checks.scale(scale, q.shape[-1])
     name = resolve(OP, backend, q, k)
     lead = q.shape[:-3]
-    batch = math.prod(lead)  # not -1, which is ambiguous for empty tensors
-    q, k = q.reshape(batch, *q.shape[-3:]), k.reshape(batch, *k.shape[-3:])
+    q, k = _checks.one_batch(q, 4), _checks.one_batch(k, 4)
     p, log_p, lse = OP.call(q, k, factor, 0.0, 0, return_log, name)
-    result = [p.view(*lead, *p.shape[-2:])]
+    result = [_checks.like_lead(p, lead)]
     if return_log:
-        result.append(log_p.view(*lead, *p.shape[-2:]))
+        result.append(_checks.like_lead(log_p, lead))
     if return_lse:
-        result.append(lse.view(*lead, *lse.shape[-2:]))
+        result.append(_checks.like_lead(lse, lead))
     return result[0] if len(result) == 1 else tuple(result)
 
 
@@ -155,6 +153,30 @@ def _triton_backward(*args: Any) -> Any:
     return kernel.backward(*args)
 
 
+def _cuda_workspace(q: torch.Tensor, k: torch.Tensor, backward: bool) -> torch.Tensor:
+    split = q.dtype == torch.float32
+    words = _native.C.attention_head_mean_workspace_cuda(*q.shape, k.shape[2], split, backward)
+    return q.new_empty(words, dtype=torch.int64)
+
+
+def _cuda_forward(
+    q: torch.Tensor, k: torch.Tensor, scale: float, dropout_p: float, seed: int, with_log: bool
+) -> tuple[torch.Tensor, ...]:
+    out = _outputs(q, k, with_log)
+    views = [_native.view(t) for t in (q, k, *out, _cuda_workspace(q, k, False))]
+    _native.C.attention_head_mean_forward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
+    return out
+
+
+def _cuda_backward(
+    grad_p: torch.Tensor, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, dropout_p: float, seed: int
+) -> tuple[torch.Tensor, ...]:
+    grads = q.new_empty(q.shape), k.new_empty(k.shape)
+    views = [_native.view(t) for t in (grad_p, q, k, lse, *grads, _cuda_workspace(q, k, True))]
+    _native.C.attention_head_mean_backward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
+    return grads
+
+
 OP = Op(
     "attention_head_mean",
     schema="(Tensor q, Tensor k, float scale, float dropout_p, int seed, bool with_log, str backend)"
@@ -171,5 +193,6 @@ OP = Op(
         Impl("reference", reference, _reference_backward, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, _cpu_backward, _backends.cpu_refuses),
         Impl("triton", _triton_forward, _triton_backward, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, _cuda_backward, _backends.cuda_refuses),
     ),
 )

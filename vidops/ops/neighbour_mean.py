@@ -32,7 +32,7 @@ def neighbour_mean(adjacency: torch.Tensor, p: torch.Tensor, *, backend: str | N
 
     `p` must be finite: a NaN or infinity makes its column of S undefined, in neighbours and others alike.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> vidops.neighbour_mean(torch.tensor([[3], [2]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
@@ -65,6 +65,14 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
+def _cuda_forward(adjacency: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    mean = _fake(adjacency, p, "")
+    workspace = adjacency.new_empty(_native.C.neighbour_mean_workspace_cuda(p.shape[0]))
+    views = [_native.view(t) for t in (adjacency, p, mean, workspace)]
+    _native.C.neighbour_mean_forward_cuda(*views, *_native.stream(p))
+    return mean
+
+
 OP = Op(
     "neighbour_mean",
     schema="(Tensor adjacency, Tensor p, str backend) -> Tensor",
@@ -73,5 +81,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses),
     ),
 )

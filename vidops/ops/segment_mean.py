@@ -51,12 +51,15 @@ def segment_mean(
     if label.device != x.device:
         raise ValueError(f"label: expected device {x.device} like x, got {label.device}")
     num_segments = _checks.integer("num_segments", num_segments, 0)
-    if label.device.type == "cpu" and not torch.compiler.is_compiling() and label.numel():
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    name = resolve(OP, backend, x)
+    # The native CPU code checks each label as it counts it.
+    if label.device.type == "cpu" and name != "cpu" and not torch.compiler.is_compiling() and label.numel():
         low, high = torch.aminmax(label)
         if low < 0 or high >= num_segments:
             raise ValueError(f"label: expected values in [0, {num_segments}), got {int(low)} to {int(high)}")
-    x = x.to(_checks.accumulation_dtype(x.dtype))
-    return OP.call(x, label, num_segments, resolve(OP, backend, x))
+    return OP.call(x, label, num_segments, name)
 
 
 def _fake(x: Any, label: Any, num_segments: Any, backend: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -62,9 +61,9 @@ def symmetric_kl(
         _checks.shape("q", q, (*p.shape[:-2], q.shape[-2], p.shape[-1]), "(..., m, columns of p)")
     name = resolve(OP, backend, p, log_p, q, log_q)
     lead = p.shape[:-2]
-    p, log_p, q, log_q = (t.reshape(math.prod(lead), *t.shape[-2:]) for t in (p, log_p, q, log_q))
-    distance = OP.call(p, log_p, q, log_q, same, name)
-    return distance.view(*lead, *distance.shape[-2:])
+    p, log_p = _checks.one_batch(p, 3), _checks.one_batch(log_p, 3)
+    q, log_q = (p, log_p) if same else (_checks.one_batch(q, 3), _checks.one_batch(log_q, 3))
+    return _checks.like_lead(OP.call(p, log_p, q, log_q, same, name), lead)
 
 
 def _fake(p: Any, log_p: Any, q: Any, log_q: Any, same: bool, backend: str) -> Any:

@@ -53,7 +53,7 @@ def video_attention(
         TypeError: wrong type or dtype. ValueError: wrong rank or shape, dropout_p, seed or need.
         BackendError: no backend, or not the one asked for, can run the call.
 
-    Backends: reference, cpu, triton (cuda refuses: use triton).
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> q = torch.randn(1, 2, 6, 8)
@@ -89,7 +89,7 @@ def video_attention(
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """The rule of scaled_dot_product_attention: float tensors but float64 take the autocast dtype."""
-    found = next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "")
+    found = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else ""
     if found not in ("cpu", "cuda") or not torch.is_autocast_enabled(found):
         return tensors
     dtype = torch.get_autocast_dtype(found)
@@ -188,6 +188,42 @@ def _triton_backward(*args: Any) -> Any:
     return kernel.backward(*args)
 
 
+def _cuda_workspace(q: torch.Tensor, k: torch.Tensor, backward: bool) -> torch.Tensor:
+    split = q.dtype == torch.float32
+    words = _native.C.video_attention_workspace_cuda(*q.shape, k.shape[2], split, backward)
+    return q.new_empty(words, dtype=torch.int64)
+
+
+def _cuda_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout_p: float, seed: int, with_map: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out = _fake(q, k, v, scale, dropout_p, seed, with_map, "")
+    views = [_native.view(t) for t in (q, k, v, *out, _cuda_workspace(q, k, False))]
+    _native.C.video_attention_forward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
+    return out
+
+
+def _cuda_backward(
+    grad_out: torch.Tensor,
+    grad_map: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    with_map: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_map = grad_map if with_map else lse.new_empty(0)
+    tensors = (grad_out, grad_map, q, k, v, lse, *grads, _cuda_workspace(q, k, True))
+    views = [_native.view(t) for t in tensors]
+    _native.C.video_attention_backward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
+    return grads
+
+
 OP = Op(
     "video_attention",
     schema="(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, int seed, bool with_map, str backend)"
@@ -207,5 +243,6 @@ OP = Op(
         Impl("reference", reference, _reference_backward, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, _cpu_backward, _backends.cpu_refuses),
         Impl("triton", _triton_forward, _triton_backward, _backends.triton_refuses),
+        Impl("cuda", _cuda_forward, _cuda_backward, _backends.cuda_refuses),
     ),
 )

@@ -11,6 +11,7 @@ struct AttentionHeadMeanParams {
   double scale = 1.0;
   double dropout_p = 0.0;      // see video_attention.h for the counter-based mask
   uint64_t seed = 0;
+  TensorView workspace;        // CUDA only: i64 scratch of attention_head_mean_workspace_cuda() words
 };
 
 struct AttentionHeadMeanBackwardParams {
@@ -20,9 +21,15 @@ struct AttentionHeadMeanBackwardParams {
   double scale = 1.0;
   double dropout_p = 0.0;
   uint64_t seed = 0;
+  TensorView workspace;        // CUDA only, as above, of a backward
 };
 
 void attention_head_mean_forward_cpu(const AttentionHeadMeanParams& params, int threads);
 void attention_head_mean_backward_cpu(const AttentionHeadMeanBackwardParams& params, int threads);
+// q and k of one dtype: f32, f16 or bf16. With dropout there is no log_p.
+void attention_head_mean_forward_cuda(const AttentionHeadMeanParams& params, int device, void* stream);
+void attention_head_mean_backward_cuda(const AttentionHeadMeanBackwardParams& params, int device, void* stream);
+int64_t attention_head_mean_workspace_cuda(int64_t batch, int64_t heads, int64_t n, int64_t d, int64_t m, bool f32,
+                                           bool backward);
 
 }  // namespace vidops
