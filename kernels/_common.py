@@ -121,7 +121,7 @@ def cdiv(a: int, b: int) -> int:
 
 def padded(head_size: int) -> int:
     """Head size as a tile side: a power of two, at least what a matrix instruction needs."""
-    return max(16, triton.next_power_of_2(head_size))
+    return max(16, 1 << (head_size - 1).bit_length())
 
 
 @triton.jit

@@ -25,6 +25,13 @@ def test_docstring_examples(name):
     assert found.attempted and not found.failed
 
 
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_docstrings_name_the_backends_that_exist(name):
+    text = getattr(vidops, name).__doc__
+    (listed,) = re.findall(r"^ *Backends: ([a-z, ]+)", text, re.M)
+    assert listed.strip().split(", ") == [b for b in vidops.BACKENDS if b in OPS[name].rows]
+
+
 def test_readme_code():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks

@@ -10,11 +10,10 @@ import hashlib
 import importlib
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] - documented, not exported
 
 
 def source_hash(root: Path) -> str:
@@ -29,7 +28,7 @@ def source_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     if os.environ.get("VIDOPS_NO_EXT") == "1":
         return None, "the extension is switched off by VIDOPS_NO_EXT=1"
     try:
@@ -42,6 +41,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+# The extension, or None and why: no type checker knows its functions, and the refusals guard their use.
 C, WHY_NOT = _load()
 
 

@@ -25,6 +25,9 @@ AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 _LIBRARY = Library("vidops", "DEF")
 OPS: dict[str, Op] = {}
 
+# Public functions made of several ops -> those ops, in the order of their first use. For `explain`.
+COMPOSITIONS: dict[Callable[..., Any], tuple[str, ...]] = {}
+
 
 class BackendError(NotImplementedError):
     """No backend, or not the one asked for, can run this call. The text lists every backend's reason."""
@@ -217,20 +220,42 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run for one call: `backend` is None when nothing can; `refusals` maps backend to reason."""
+    """What would run for one call: `backend` is None when nothing can; `refusals` maps backend to reason.
+
+    Of a composition, `parts` explains each of its ops; `backend` then joins their backends by ``+`` (one name
+    when all agree, None when an op cannot run) and `refusals` gives the first op that a backend refuses.
+    """
 
     op: str
     backend: str | None
     refusals: dict[str, str]
+    parts: tuple[Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'nothing can run this call'}"]
-        lines += [f"  not {name}: {reason}" for name, reason in self.refusals.items()]
+        if self.parts:
+            lines += ["  " + line for part in self.parts for line in str(part).splitlines()]
+        else:
+            lines += [f"  not {name}: {reason}" for name, reason in self.refusals.items()]
         return "\n".join(lines)
 
 
+def _composed(name: str, parts: tuple[Explanation, ...]) -> Explanation:
+    chosen = dict.fromkeys(part.backend for part in parts)
+    refusals: dict[str, str] = {}
+    for part in parts:
+        for backend, reason in part.refusals.items():
+            refusals.setdefault(backend, f"{part.op}: {reason}")
+    joined = None if None in chosen else "+".join(backend for backend in chosen if backend)
+    return Explanation(name, joined, refusals, parts)
+
+
 class _Explained(Exception):
-    """Carries the plan out of the public function that `explain` runs up to its choice."""
+    """Carries the arguments of the choice out of the public function that `explain` runs up to there."""
+
+    def __init__(self, op: Op, backend: str | None, tensors: Sequence[torch.Tensor], needs_grad: bool) -> None:
+        super().__init__(op.name)
+        self.op, self.backend, self.tensors, self.needs_grad = op, backend, tensors, needs_grad
 
 
 _explaining: dict[str, bool] = {"on": False}
@@ -240,19 +265,22 @@ def resolve(op: Op, backend: str | None, *tensors: torch.Tensor, grad: bool = Tr
     """Used by the hubs: choose a backend for `op`; with `grad`, account for inputs that require a gradient."""
     needs_grad = grad and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if _explaining["on"]:
-        raise _Explained(op.plan(backend, tensors, needs_grad))
+        raise _Explained(op, backend, tensors, needs_grad)
     return op.choose(backend, tensors, needs_grad)
 
 
 def explain(function: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What would run for this very call, and why the other backends would not. Nothing is computed.
 
-    `function` is a public op or its name. For a composition the first of its ops is explained; its other ops
-    receive the same tensors' device and dtype and the same `backend`.
+    `function` is a public op or its name. Of a composition every op is explained, in the order of their first
+    use, for tensors of the device and dtype that the first of them receives.
 
     >>> import torch, vidops
     >>> vidops.explain("greedy_absorb", torch.ones(1, 1, dtype=torch.int64), backend="reference").backend
     'reference'
+    >>> frames = torch.zeros(2, 1, 4, 8)
+    >>> [part.op for part in vidops.explain("hierarchical_cluster", frames, frames).parts][:3]
+    ['attention_head_mean', 'symmetric_kl_adjacency', 'neighbour_mean']
     """
     import vidops
 
@@ -263,7 +291,10 @@ def explain(function: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     try:
         call(*args, **kwargs)
     except _Explained as found:
-        return found.args[0]
+        asked = (found.backend, found.tensors, found.needs_grad)
+        if call not in COMPOSITIONS:
+            return found.op.plan(*asked)
+        return _composed(call.__name__, tuple(OPS[name].plan(*asked) for name in COMPOSITIONS[call]))
     finally:
         _explaining["on"] = False
     raise ValueError(f"explain: {function!r} runs no vidops op for this call (the work is plain PyTorch)")

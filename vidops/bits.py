@@ -19,8 +19,12 @@ def pack_adjacency(relation: torch.Tensor) -> torch.Tensor:
     >>> pack_adjacency(torch.eye(3, dtype=torch.bool)).tolist()
     [[1], [2], [4]]
     """
-    if not isinstance(relation, torch.Tensor) or relation.dtype != torch.bool:
-        raise TypeError("relation: expected a torch.bool tensor")
+    if not isinstance(relation, torch.Tensor):
+        raise TypeError(f"relation: expected a torch.Tensor, got {type(relation).__name__}")
+    if relation.layout != torch.strided:
+        raise TypeError(f"relation: expected a dense (strided) tensor, got layout {relation.layout}")
+    if relation.dtype != torch.bool:
+        raise TypeError(f"relation: expected torch.bool, got {relation.dtype}")
     if relation.dim() != 2 or relation.shape[0] != relation.shape[1]:
         raise ValueError(f"relation: expected shape (n, n), got {tuple(relation.shape)}")
     n = relation.shape[0]

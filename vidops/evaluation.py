@@ -39,12 +39,30 @@ def _assignment(score: Scores) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int
     return rows, columns
 
 
+def _array(name: str, value: object, kinds: str, meaning: str) -> npt.NDArray:
+    """`value` is an array whose dtype is of one of NumPy's `kinds`."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
+    if value.dtype.kind not in kinds:
+        raise TypeError(f"{name}: expected {meaning}, got dtype {value.dtype}")
+    return value
+
+
+def _frames(name: str, value: object) -> npt.NDArray:
+    """`value` holds integers (T, H, W), none of the axes empty."""
+    found = _array(name, value, "iu", "integers (T, H, W)")
+    if found.ndim != 3 or 0 in found.shape:
+        raise ValueError(f"{name}: expected shape (T, H, W) with no empty axis, got {found.shape}")
+    return found
+
+
 def upsample_nearest(labels: npt.NDArray, size: tuple[int, int], frames: int | None = None) -> npt.NDArray:
     """Label maps (T, h, w) brought to `size` by nearest neighbour, source index ``floor(i * in / out)``.
 
     With `frames` larger than T the last map is repeated: the authors' loader drops the last frame of a video
     and their evaluator fills it so.
     """
+    _array("labels", labels, "biuf", "numbers")
     if labels.ndim != 3 or 0 in labels.shape:
         raise ValueError(f"labels: expected shape (T, h, w) with no empty axis, got {labels.shape}")
     frames = len(labels) if frames is None else frames
@@ -57,6 +75,7 @@ def upsample_nearest(labels: npt.NDArray, size: tuple[int, int], frames: int | N
 
 def one_hot(labels: npt.NDArray, count: int | None = None) -> Masks:
     """Labels (T, H, W) in 0..K-1 -> proposals (K, T, H, W)."""
+    _frames("labels", labels)
     count = int(labels.max()) + 1 if count is None else count
     return labels[None] == np.arange(count).reshape(-1, 1, 1, 1)
 
@@ -66,6 +85,7 @@ def objects_of(annotation: npt.NDArray) -> tuple[Masks, Masks]:
 
     Objects are those of the first frame: what appears later is not scored.
     """
+    _frames("annotation", annotation)
     ids = [i for i in np.unique(annotation[0]) if i not in (0, VOID)]
     masks = np.stack([annotation == i for i in ids]) if ids else np.zeros((0, *annotation.shape), bool)
     return masks, annotation == VOID
@@ -106,6 +126,8 @@ def dilate(masks: Masks, radius: int) -> Masks:
 
 def boundary_radius(height: int, width: int, tolerance: float = BOUNDARY) -> int:
     """Radius in pixels: `tolerance` itself from 1 on, else that share of the image diagonal, rounded up."""
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance}")
     return int(tolerance) if tolerance >= 1 else math.ceil(tolerance * math.hypot(height, width))
 
 
@@ -119,16 +141,17 @@ class PairScores:
 
 def _checked(proposals: Masks, objects: Masks, void: Masks | None) -> None:
     for name, value in (("proposals", proposals), ("objects", objects)):
-        if value.ndim != 4 or value.dtype != bool:
-            raise ValueError(f"{name}: expected bool (count, T, H, W), got {value.dtype} {value.shape}")
+        _array(name, value, "b", "bool (count, T, H, W)")
+        if value.ndim != 4:
+            raise ValueError(f"{name}: expected shape (count, T, H, W), got {value.shape}")
     if proposals.shape[1:] != objects.shape[1:]:
         raise ValueError(
             f"proposals: expected frames and size {objects.shape[1:]} of objects, got {proposals.shape[1:]}"
         )
     if 0 in objects.shape[1:]:
         raise ValueError(f"objects: expected at least one frame and pixel, got {objects.shape}")
-    if void is not None and (void.shape != objects.shape[1:] or void.dtype != bool):
-        raise ValueError(f"void: expected bool {objects.shape[1:]}, got {void.dtype} {void.shape}")
+    if void is not None and _array("void", void, "b", "bool (T, H, W)").shape != objects.shape[1:]:
+        raise ValueError(f"void: expected shape {objects.shape[1:]} of objects, got {void.shape}")
 
 
 def _flat(masks: Masks) -> Masks:
@@ -275,7 +298,7 @@ def evaluate_video(
 
 def _contingency(truth: npt.NDArray, labels: npt.NDArray, void: Masks | None) -> npt.NDArray[np.int64]:
     """Common pixels (ids of truth, labels) over the whole video, ids in ascending order."""
-    if truth.shape != labels.shape:
+    if _frames("labels", labels).shape != truth.shape:
         raise ValueError(f"labels: expected shape {truth.shape} of truth, got {labels.shape}")
     truth, labels = truth.reshape(-1), labels.reshape(-1)
     if void is not None:
@@ -291,7 +314,7 @@ def fg_ari(truth: npt.NDArray, labels: npt.NDArray) -> float:
 
     1 when the foreground is one object in one cluster; ValueError without any foreground.
     """
-    foreground = truth > 0
+    foreground = _frames("truth", truth) > 0
     if not foreground.any():
         raise ValueError("truth: no foreground pixel, so that the index is undefined")
     table = _contingency(truth, labels, ~foreground).astype(np.float64)
@@ -312,7 +335,7 @@ def mean_iou(truth: npt.NDArray, labels: npt.NDArray) -> float:
     truth, labels (T, H, W) integer, 0 is the background of `truth` and no object. An object left without a
     cluster counts 0.
     """
-    ids = np.unique(truth)
+    ids = np.unique(_frames("truth", truth))
     table = _contingency(truth, labels, None).astype(np.float64)
     union = table.sum(1, keepdims=True) + table.sum(0, keepdims=True) - table
     iou = (table / union)[ids > 0]

@@ -94,8 +94,8 @@ class MobileNetV2(nn.Module):
             raise ValueError(f"layers: expected numbers from 0 to {count - 1}, got {tuple(layers)}")
         found = {}
         x = images
-        for i, layer in enumerate(self.features[: max(layers) + 1]):
-            x = layer(x)
+        for i in range(max(layers) + 1):
+            x = self.features[i](x)
             if i in layers:
                 found[i] = x
         return [found[layer] for layer in layers]

@@ -169,7 +169,6 @@ def test_mean_iou() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: evaluation.pair_scores(np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2), bool)), "proposals"),
         (
             lambda: evaluation.pair_scores(np.ones((1, 1, 2, 2), bool), np.ones((1, 1, 2, 3), bool)),
             "expected",
@@ -184,11 +183,40 @@ def test_mean_iou() -> None:
         (lambda: evaluation.fg_ari(np.zeros((1, 2, 2), int), np.zeros((1, 2, 2), int)), "foreground"),
         (lambda: evaluation.mean_iou(np.zeros((1, 2, 2), int), np.zeros((1, 2, 2), int)), "no object"),
         (lambda: evaluation.mean_iou(np.ones((1, 2, 2), int), np.zeros((1, 2, 3), int)), "labels"),
+        (lambda: evaluation.mean_iou(np.ones((2, 2), int), np.zeros((2, 2), int)), "truth"),
+        (lambda: evaluation.fg_ari(np.ones((1, 0, 2), int), np.zeros((1, 0, 2), int)), "truth"),
+        (lambda: evaluation.one_hot(np.zeros((0, 2, 2), int)), "labels"),
+        (lambda: evaluation.objects_of(np.zeros((2, 2), int)), "annotation"),
+        (lambda: evaluation.objects_of(np.zeros((0, 2, 2), int)), "annotation"),
+        (lambda: evaluation.pair_scores(*[np.ones((1, 2, 2), bool)] * 2), "proposals"),
+        *(
+            (lambda t=t: evaluation.evaluate_video(*[np.ones((1, 1, 2, 2), bool)] * 2, tolerance=t), "tolerance")
+            for t in (-1, np.nan, np.inf)
+        ),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("bad", [None, 1, [[[1]]], "x", np.ones((1, 2, 2), complex), np.full((1, 2, 2), None)])
+def test_what_is_no_array_of_numbers(bad: Any) -> None:
+    labels, masks = np.ones((1, 2, 2), int), np.ones((1, 1, 2, 2), bool)
+    for call, name in (
+        (lambda: evaluation.upsample_nearest(bad, (2, 2)), "labels"),
+        (lambda: evaluation.one_hot(bad), "labels"),
+        (lambda: evaluation.objects_of(bad), "annotation"),
+        (lambda: evaluation.pair_scores(bad, masks), "proposals"),
+        (lambda: evaluation.pair_scores(np.ones((1, 1, 2, 2)), masks), "proposals"),
+        (lambda: evaluation.evaluate_video(masks, bad), "objects"),
+        (lambda: evaluation.fg_ari(bad, labels), "truth"),
+        (lambda: evaluation.fg_ari(labels, bad), "labels"),
+        (lambda: evaluation.mean_iou(bad, labels), "truth"),
+        (lambda: evaluation.mean_iou(labels, bad), "labels"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: "):
+            call()
 
 
 def test_matching_without_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Wrong calls: each gets a typed error that names the argument, on every op, before any backend is chosen."""
 
+import inspect
 import itertools
 
 import pytest
@@ -166,6 +167,19 @@ def _cases():
     )
 
 
+    yield "unpack_adjacency", itertools.chain(
+        (((b,), {}, "adjacency") for b in _bit_cases()),
+        (((F(n, n % 7 + 3, dtype=torch.int64),), {}, "adjacency") for n in range(1, 27)),
+    )
+    relation = torch.ones(3, 3, dtype=torch.bool)
+    yield "pack_adjacency", itertools.chain(
+        (((b,), {}, "relation") for b in (None, 1, True, "x", [[True]], relation.numpy(), relation.to_sparse())),
+        (((relation.to(dtype),), {}, "relation") for dtype in (torch.uint8, torch.int64, torch.float32, torch.half)),
+        (((F(shape, dtype=torch.bool),), {}, "relation") for shape in ((), (3,), (1, 3, 3), (3, 3, 1), (0,))),
+        (((F(n, n + d, dtype=torch.bool),), {}, "relation") for n in (0, 1, 63, 64, 65) for d in range(1, 6)),
+    )
+
+
 CASES = dict(_cases())
 CASES = {name: list(cases) for name, cases in CASES.items()}
 
@@ -189,7 +203,32 @@ def test_every_bad_call_is_named(name):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_all_public_ops_are_covered():
-    from vidops._registry import OPS
+def test_all_public_functions_are_covered():
+    functions = {name for name in vidops.__all__ if inspect.isfunction(getattr(vidops, name))}
+    assert functions - {"backends", "explain", "use_backend"} == set(CASES)
 
-    assert set(OPS) <= set(CASES)
+
+@pytest.mark.parametrize("function", ["nothing", "BACKENDS", 1, None, "__version__"])
+def test_explain_of_what_is_no_function(function):
+    with pytest.raises(ValueError, match="explain: "):
+        vidops.explain(function)
+
+
+def test_explain_of_a_wrong_call_is_the_call_s_own_error():
+    with pytest.raises(TypeError, match="adjacency"):
+        vidops.explain("greedy_absorb", torch.ones(2, 1))
+    bits = torch.ones(1, 1, dtype=torch.int64)
+    assert vidops.greedy_absorb(bits, backend="reference").owner.tolist() == [0]  # explaining is over
+
+
+def test_explain_of_a_call_without_an_op():
+    q = F(1, 1, 2, 3)
+    with pytest.raises(ValueError, match="plain PyTorch"):
+        vidops.explain("video_attention", q, q, q)
+
+
+@pytest.mark.parametrize("name,op", [("gpu", None), ("cpu ", None), (None, None), (1, None), ("cpu", "greed")])
+def test_use_backend_of_what_does_not_exist(name, op):
+    with pytest.raises(ValueError, match="use_backend: unknown"):
+        with vidops.use_backend(name, op=op):
+            pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -53,11 +53,12 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
+    """A Python integer, or the symbol that stands for one in traced code (bool is neither)."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value}")
-    return value
+    return cast(int, value)
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
@@ -103,7 +104,7 @@ def like_lead(value: torch.Tensor, lead: torch.Size) -> torch.Tensor:
 
 
 def map_and_log(
-    name: str, p: Any, log_p: Any, *, rank: tuple[int, int]
+    name: str, p: Any, log_p: Any, *, rank: int | tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A map (..., n, M) in accumulation dtype and its logarithm (taken here when not given).
 

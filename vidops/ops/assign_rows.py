@@ -67,9 +67,12 @@ def _fake(p: Any, log_p: Any, centroids: Any, log_centroids: Any, backend: str) 
     return p.new_empty(p.shape[0], dtype=torch.int64)
 
 
-def _cpu_forward(*args: torch.Tensor) -> torch.Tensor:
-    label = _fake(*args, "")
-    _native.C.assign_rows_forward_cpu(*(_native.view(t) for t in (*args, label)), _native.threads())
+def _cpu_forward(
+    p: torch.Tensor, log_p: torch.Tensor, centroids: torch.Tensor, log_centroids: torch.Tensor
+) -> torch.Tensor:
+    label = _fake(p, log_p, centroids, log_centroids, "")
+    views = [_native.view(t) for t in (p, log_p, centroids, log_centroids, label)]
+    _native.C.assign_rows_forward_cpu(*views, _native.threads())
     return label
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -13,6 +13,36 @@ from vidops.reference.attention_head_mean import attention_head_mean as referenc
 from vidops.reference.attention_head_mean import attention_head_mean_backward as reference_backward
 
 
+@overload
+def attention_head_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_log: Literal[False] = False,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def attention_head_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_log: Literal[True],
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def attention_head_mean(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_log: bool = False,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, ...]: ...
 def attention_head_mean(
     q: torch.Tensor,
     k: torch.Tensor,

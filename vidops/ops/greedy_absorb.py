@@ -21,7 +21,7 @@ class Absorption(NamedTuple):
 
     owner: torch.Tensor
     label: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # pyright: ignore[reportIncompatibleMethodOverride] - nobody counts in this tuple
 
 
 def greedy_absorb(adjacency: torch.Tensor, *, backend: str | None = None) -> Absorption:

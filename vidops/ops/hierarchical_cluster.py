@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
+from vidops._registry import COMPOSITIONS
 from vidops.ops import _checks
 from vidops.ops.assign_clusters import assign_clusters
 from vidops.ops.assign_rows import assign_rows
@@ -32,6 +33,32 @@ class Details(NamedTuple):
     level_sizes: list[int]  # their lengths, then the final count
 
 
+@overload
+def hierarchical_cluster(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tau: float = 1.0,
+    window: int = 3,
+    *,
+    scale: float | None = None,
+    precision: str = "filtered",
+    max_rounds: int = 10_000,
+    backend: str | None = None,
+    return_details: Literal[False] = False,
+) -> Clusters: ...
+@overload
+def hierarchical_cluster(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tau: float = 1.0,
+    window: int = 3,
+    *,
+    scale: float | None = None,
+    precision: str = "filtered",
+    max_rounds: int = 10_000,
+    backend: str | None = None,
+    return_details: Literal[True],
+) -> tuple[Clusters, Details]: ...
 def hierarchical_cluster(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -115,6 +142,28 @@ def hierarchical_cluster(
     return (clusters, details) if return_details else clusters
 
 
+@overload
+def hierarchical_cluster_map(
+    p: torch.Tensor,
+    tau: float = 1.0,
+    window: int = 3,
+    *,
+    precision: str = "filtered",
+    max_rounds: int = 10_000,
+    backend: str | None = None,
+    return_details: Literal[False] = False,
+) -> Clusters: ...
+@overload
+def hierarchical_cluster_map(
+    p: torch.Tensor,
+    tau: float = 1.0,
+    window: int = 3,
+    *,
+    precision: str = "filtered",
+    max_rounds: int = 10_000,
+    backend: str | None = None,
+    return_details: Literal[True],
+) -> tuple[Clusters, Details]: ...
 def hierarchical_cluster_map(
     p: torch.Tensor,
     tau: float = 1.0,
@@ -191,3 +240,8 @@ def _centroids(
             break
     sizes.append(x.shape[0])
     return x, Details(torch.cat(owners), levels, sizes)
+
+
+_ON_A_MAP = ("symmetric_kl_adjacency", "neighbour_mean", "greedy_absorb_kl", "segment_mean")
+COMPOSITIONS[hierarchical_cluster] = ("attention_head_mean", *_ON_A_MAP, "assign_clusters")
+COMPOSITIONS[hierarchical_cluster_map] = (*_ON_A_MAP, "assign_rows")

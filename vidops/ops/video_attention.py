@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,30 @@ from vidops.reference.video_attention import video_attention as reference
 from vidops.reference.video_attention import video_attention_backward as reference_backward
 
 
+@overload
+def video_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    need: Literal["none"] = "none",
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def video_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    need: Literal["map", "keys"],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def video_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -78,13 +102,12 @@ def video_attention(
     forced = backend or _forced.get(OP.name) or _forced.get("*")
     if not with_map and dropout_p == 0 and forced is None:
         out = F.scaled_dot_product_attention(q, k, v, scale=factor)
-        weights = None
     else:
         name = resolve(OP, backend, q, k, v)
         out, weights, _ = OP.call(q, k, v, factor, dropout_p, seed, with_map, name)
-    if need == "keys":
-        return out, k.mean(dim=1)
-    return (out, weights) if with_map else out
+        if with_map:
+            return out, weights
+    return (out, k.mean(dim=1)) if need == "keys" else out
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -147,9 +170,9 @@ def _reference_backward(
 def _cpu_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout_p: float, seed: int, with_map: bool
 ) -> tuple[torch.Tensor, ...]:
-    wide = _backends.upcast(q, k, v)
-    out = _fake(*wide, scale, dropout_p, seed, with_map, "")
-    views = [_native.view(t) for t in (*wide, *out)]
+    wide_q, wide_k, wide_v = _backends.upcast(q, k, v)
+    out = _fake(wide_q, wide_k, wide_v, scale, dropout_p, seed, with_map, "")
+    views = [_native.view(t) for t in (wide_q, wide_k, wide_v, *out)]
     _native.C.video_attention_forward_cpu(*views, scale, dropout_p, seed, _native.threads())
     return out[0].to(q.dtype), out[1], out[2]
 

@@ -16,7 +16,6 @@ import torch
 
 import vidops
 from vidops import assets, features
-from vidops._registry import OPS
 from vidops.evaluation import MissingDependencyError
 from vidops.segment import descriptors, pictures, scoring
 from vidops.segment.output import OutputError, OutputFolder
@@ -30,14 +29,6 @@ FILES = ["overlay.mp4", "contact.png", "labels.npz", "report.json"]
 TOKENS = 1620
 MAX_SIDE = 2048
 CHECKPOINT_SIZE = (192, 384)
-CLUSTERING_OPS = (
-    "attention_head_mean",
-    "symmetric_kl_adjacency",
-    "neighbour_mean",
-    "greedy_absorb_kl",
-    "segment_mean",
-    "assign_clusters",
-)
 
 
 class UsageError(ValueError):
@@ -196,8 +187,8 @@ def _checkpoint_tokens(args: argparse.Namespace, video: Video, device: torch.dev
 
 def _backends(args: argparse.Namespace, tokens: _Tokens) -> dict[str, str | None]:
     """The backend of each op of the clustering for these very tensors."""
-    vidops.explain(vidops.hierarchical_cluster, tokens.q, tokens.k, args.tau, args.window, backend=args.backend)
-    return {name: OPS[name].plan(args.backend, (tokens.q,), False).backend for name in CLUSTERING_OPS}
+    plan = vidops.explain("hierarchical_cluster", tokens.q, tokens.k, args.tau, args.window, backend=args.backend)
+    return {part.op: part.backend for part in plan.parts}
 
 
 def _sources(args: argparse.Namespace) -> tuple[str, str | None]:

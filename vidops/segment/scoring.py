@@ -8,13 +8,13 @@ frame are marked. Frames that are not complete count for the objects marked in t
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vidops._npz import read_npz
 from vidops.evaluation import fg_ari, upsample_nearest
 
 
@@ -34,14 +34,9 @@ def read_masks(path: str | os.PathLike[str]) -> ReferenceMasks:
     """Read and check a mask file; MaskError when it is not one."""
     path = os.fspath(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise MaskError(f"{path}: expected an .npz file")
-            held = {name: file[name] for name in ("labels", "frames", "names", "complete") if name in file}
-    except MaskError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise MaskError(f"{path}: not a readable .npz file ({error})") from error
+        held = read_npz(path, ("labels", "frames", "names", "complete"))
+    except ValueError as error:
+        raise MaskError(str(error)) from error
     if "labels" not in held or "frames" not in held:
         raise MaskError(f"{path}: expected arrays named labels and frames")
     labels, frames = held["labels"], held["frames"]
@@ -50,11 +45,12 @@ def read_masks(path: str | os.PathLike[str]) -> ReferenceMasks:
     if frames.shape != labels.shape[:1] or frames.dtype.kind not in "iu":
         raise MaskError(f"{path}: frames: expected {len(labels)} integers, got {frames.dtype} {frames.shape}")
     count = int(labels.max())
-    names = tuple(map(str, held.get("names", [f"object {i}" for i in range(1, count + 1)])))
-    complete = np.asarray(held.get("complete", np.ones(len(labels))), dtype=bool)
-    if len(names) < count or complete.shape != frames.shape:
+    names = np.atleast_1d(held.get("names", np.array([f"object {i}" for i in range(1, count + 1)])))
+    complete = held.get("complete", np.ones(len(labels), dtype=bool))
+    if len(names) < count or complete.shape != frames.shape or complete.dtype.kind not in "biu":
         raise MaskError(f"{path}: names or complete do not fit {count} objects in {len(labels)} frames")
-    return ReferenceMasks(labels.astype(np.int64), frames.astype(np.int64), names, complete)
+    texts = tuple(map(str, names))
+    return ReferenceMasks(labels.astype(np.int64), frames.astype(np.int64), texts, complete.astype(bool))
 
 
 def _tube(truth: npt.NDArray[np.bool_], found: npt.NDArray[np.bool_]) -> dict[str, Any]:

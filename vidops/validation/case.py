@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vidops._npz import read_npz
 from vidops.ops._backends import TRITON_INTERPRETED
 
 
@@ -38,10 +39,9 @@ class Case:
     @classmethod
     def load(cls, path: Path) -> Case:
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                return cls(path, {name: archive[name] for name in archive.files})
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise GoldenError(f"{path}: not a readable .npz without pickles ({error})") from error
+            return cls(path, read_npz(path))
+        except ValueError as error:
+            raise GoldenError(str(error)) from error
 
     def cfg(self, name: str, default: Any) -> Any:
         """A 0-d option, or `default` where the file has none."""
@@ -76,6 +76,11 @@ def device_of(backend: str) -> torch.device:
     """Where a backend's tensors live."""
     on_card = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
     return torch.device("cuda" if on_card else "cpu")
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What a backend computes in: CUDA kernels refuse float64."""
+    return (torch.float32,) if backend == "cuda" else (torch.float64, torch.float32)
 
 
 def tag_of(dtype: torch.dtype) -> str:

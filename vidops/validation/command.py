@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,18 +16,25 @@ from vidops.ops import _backends
 from vidops.validation import ssl_uvos_model, ssl_uvos_ops
 from vidops.validation.case import Case, Check, GoldenError
 
-Runner = Callable[[Case, str], list[Check]]
 
-KINDS: dict[str, dict[str, Runner]] = {
+@dataclass(frozen=True)
+class Kind:
+    """How files of one kind are checked, and the ops a backend must have for it (default: all)."""
+
+    run: Callable[[Case, str], list[Check]]
+    ops: tuple[str, ...] = tuple(OPS)
+
+
+KINDS: dict[str, dict[str, Kind]] = {
     "ssl_uvos": {
-        "cluster": ssl_uvos_ops.check_cluster,
-        "davis_eval": ssl_uvos_model.check_davis_eval,
-        "e2e_model": ssl_uvos_model.check_e2e_model,
-        "encoder": ssl_uvos_model.check_encoder,
-        "greedy_absorb": ssl_uvos_ops.check_greedy_absorb,
-        "kl_distance": ssl_uvos_ops.check_kl_distance,
-        "losses": ssl_uvos_model.check_losses,
-        "st_block": ssl_uvos_model.check_st_block,
+        "cluster": Kind(ssl_uvos_ops.check_cluster, tuple(name for name in OPS if name != "video_attention")),
+        "davis_eval": Kind(ssl_uvos_model.check_davis_eval),
+        "e2e_model": Kind(ssl_uvos_model.check_e2e_model),
+        "encoder": Kind(ssl_uvos_model.check_encoder),
+        "greedy_absorb": Kind(ssl_uvos_ops.check_greedy_absorb, ("greedy_absorb", "segment_mean")),
+        "kl_distance": Kind(ssl_uvos_ops.check_kl_distance, ("symmetric_kl",)),
+        "losses": Kind(ssl_uvos_model.check_losses),
+        "st_block": Kind(ssl_uvos_model.check_st_block),
     },
 }
 
@@ -37,18 +45,18 @@ LATER = (
 ).split()
 
 
-def runnable() -> list[str]:
-    """Backends that run every op on this machine."""
+def runnable(ops: tuple[str, ...] = tuple(OPS)) -> list[str]:
+    """Backends that run all of `ops` (default: every op) on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for backend in BACKENDS:
         probe = (torch.empty(1, device="cpu" if backend in ("reference", "cpu") else device),)
-        if all(op.refusal(backend, probe, needs_grad=False) is None for op in OPS.values()):
+        if all(op.refusal(backend, probe, needs_grad=False) is None for op in map(OPS.__getitem__, ops)):
             found.append(backend)
     return found
 
 
-def kind_of(name: str, kinds: dict[str, Runner]) -> str | None:
+def kind_of(name: str, kinds: dict[str, Kind]) -> str | None:
     """The longest kind the file's name starts with."""
     return max((kind for kind in kinds if name.startswith(kind)), key=len, default=None)
 
@@ -78,7 +86,6 @@ def main(argv: list[str]) -> int:
         wanted = options.slug or "any slug"
         print(f"vidops validate: {options.dir}: no golden files (.npz) for {wanted}", file=sys.stderr)
         return 2
-    backends = [options.backend] if options.backend else runnable()
     failures = passed = later = 0
     print(f"{'case':44} {'backend':22} {'worst check':38} {'error':>10} {'limit':>9}  verdict")
     for slug, folder in folders:
@@ -94,7 +101,7 @@ def main(argv: list[str]) -> int:
                 failures += 1
                 print(f"{name:44} {'-':22} unknown {'slug' if kinds is None else 'kind'}: FAILED")
                 continue
-            for backend in backends:
+            for backend in [options.backend] if options.backend else runnable(kinds[kind].ops):
                 ok = _run(kinds[kind], path, name, backend)
                 passed += ok
                 failures += not ok
@@ -103,13 +110,13 @@ def main(argv: list[str]) -> int:
     return 1 if failures or not (passed or later) or (options.strict and later) else 0
 
 
-def _run(runner: Runner, path: Path, name: str, backend: str) -> bool:
+def _run(kind: Kind, path: Path, name: str, backend: str) -> bool:
     shown = backend
     if backend == "triton" and _backends.TRITON_INTERPRETED:
         shown = "triton (interpreted)"
     start = time.perf_counter()
     try:
-        checks = runner(Case.load(path), backend)
+        checks = kind.run(Case.load(path), backend)
     except (GoldenError, KeyError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         # A file that breaks its runner is a failed case, reported with its reason; the others still run.
         print(f"{name:44} {shown:22} {type(error).__name__}: {error}: FAILED")

@@ -17,23 +17,16 @@ from vidops import evaluation
 from vidops.models.ssl_uvos import SSLUVOS, SSLUVOSConfig
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, semantic_loss
 from vidops.models.vit import Block, DinoEncoder
-from vidops.validation.case import Check, device_of, mismatches, relative_error, tag_of
+from vidops.validation.case import Check, device_of, dtypes, mismatches, relative_error, tag_of
 
 if TYPE_CHECKING:
     from vidops.validation import Case
-
-# CUDA kernels refuse float64.
-DOUBLE_BACKENDS = ("reference", "cpu", "triton")
 
 FLOAT32_VALUES = 1e-4
 FLOAT32_GRADIENTS = 2e-4
 FLOAT64 = 1e-9
 # Values computed in float64 and stored in float32: half a unit in the last place of the largest entry.
 STORED_FLOAT32 = 1e-7
-
-
-def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    return (torch.float64, torch.float32) if backend in DOUBLE_BACKENDS else (torch.float32,)
 
 
 def _numbered(case: Case, name: str) -> list[str]:
@@ -102,7 +95,7 @@ def check_encoder(case: Case, backend: str) -> list[Check]:
 def check_st_block(case: Case, backend: str) -> list[Check]:
     """Sheet 2.2: outputs, per-head and head-mean weights, gradients of sum(y*Ry) + sum(attn*Ra)."""
     checks = []
-    for dtype in _dtypes(backend):
+    for dtype in dtypes(backend):
         state = _state(case, dtype)
         dim = state["norm1.weight"].shape[0]
         block = Block(
@@ -177,7 +170,7 @@ def check_losses(case: Case, backend: str) -> list[Check]:
     device = device_of(backend)
     sample = case.tensor("in.sample", torch.int64).to(device)
     checks = []
-    for dtype in _dtypes(backend):
+    for dtype in dtypes(backend):
         double = dtype == torch.float64
         limits = (FLOAT64, FLOAT64) if double else (FLOAT32_VALUES, FLOAT32_GRADIENTS)
         attention = case.tensor("in.motion_mask", dtype).to(device).requires_grad_(True)
@@ -200,7 +193,7 @@ def check_losses(case: Case, backend: str) -> list[Check]:
 def check_e2e_model(case: Case, backend: str) -> list[Check]:
     """Everything: training forward, losses and gradients of the block, and the segmentation of a video."""
     checks = []
-    for dtype in _dtypes(backend):
+    for dtype in dtypes(backend):
         state = _state(case, dtype)
         config = SSLUVOSConfig.from_state_dict(
             state,

@@ -1,0 +1,121 @@
+"""One small call of every op, forward and backward, in the form of its torch op: what generic checks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matrix import INTERPRETED, device_for, heads, maps, skip_missing
+
+import vidops
+from vidops._registry import OPS
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """Arguments of ``torch.ops.vidops.<name>``: tensors first, as every schema has them, then the scalars."""
+
+    op: str
+    gradient: bool
+    tensors: Tensors
+    scalars: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return self.op + "_backward" if self.gradient else self.op
+
+    def repeats_bits(self, backend: str) -> bool:
+        """Whether strides, alignment and the number of threads leave every bit of the result alone.
+
+        Not where a BLAS is called, which may split its sums by any of them: in the reference, and in the backward
+        of `symmetric_kl`, which is PyTorch on every backend.
+        """
+        return backend != "reference" and self.name != "symmetric_kl_backward"
+
+    def through_torch(self, backend: str, tensors: Sequence[torch.Tensor] | None = None) -> Tensors:
+        """The result of the torch op, with other tensors in place of the case's if given."""
+        call = getattr(torch.ops.vidops, self.name).default
+        return _tuple(call(*(self.tensors if tensors is None else tensors), *self.scalars, backend))
+
+    def implementation(self, backend: str) -> Callable[..., Any]:
+        row = OPS[self.op].rows[backend]
+        found = row.backward if self.gradient else row.forward
+        assert found is not None
+        return found
+
+    def direct(self, backend: str, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """The result of the backend's own function, without torch's dispatcher in between."""
+        return _tuple(self.implementation(backend)(*tensors, *self.scalars))
+
+
+def _tuple(result: Any) -> Tensors:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+# The torch ops, and once more those whose kernels read and write half precision: alignment and strides decide how a
+# compiled kernel moves them, which is nothing to the interpreter.
+HALVES = () if INTERPRETED else ("bfloat16", "float16")
+NAMES = [
+    *sorted(OPS),
+    *sorted(name + "_backward" for name, op in OPS.items() if op.backward is not None),
+]
+NAMES += [
+    f"{name} {dtype}"
+    for name in NAMES
+    if "attention" in name or name == "assign_clusters"
+    for dtype in HALVES
+]
+
+
+def case(name: str, backend: str) -> OpCase:
+    """The case of one of `NAMES`, its tensors on the device of `backend`; skipped where the backend lacks it."""
+    name, _, dtype_name = name.partition(" ")
+    op, gradient = name.removesuffix("_backward"), name.endswith("_backward")
+    skip_missing(backend, op, gradient)
+    dtype = getattr(torch, dtype_name or "float32")
+    h, n, m = (2, 21, 37) if INTERPRETED else (3, 67, 131)
+    q, k, v = (heads(2, h, size, 13, dtype=dtype, seed=i, on=backend) for i, size in enumerate((n, m, m)))
+    with torch.no_grad():
+        p_head, log_p_head, lse = torch.ops.vidops.attention_head_mean(q, k, 0.3, 0.0, 0, True, "reference")
+        out, _, lse_v = torch.ops.vidops.video_attention(q, k, v, 0.3, 0.4, 3, True, "reference")
+    p, x = maps(n, m, seed=3, on=backend), maps(5, m, seed=4, on=backend)
+    adjacency = vidops.symmetric_kl_adjacency(p, 2.0, backend="reference")
+    label = torch.arange(n, device=device_for(backend)) * 7 % 5
+    grad_map, grad_out = heads(2, n, m, seed=5, on=backend), heads(2, h, n, 13, dtype=dtype, seed=6, on=backend)
+    rows, others = torch.stack([p, p.flip(0)]), torch.stack([x, x.flip(1)])
+    grad_distance = heads(2, n, 5, seed=7, on=backend)
+    calls: dict[str, tuple[Tensors, tuple[Any, ...]]] = {
+        "attention_head_mean": ((q, k), (0.3, 0.0, 0, True)),
+        "attention_head_mean_backward": ((grad_map, q, k, lse), (0.3, 0.0, 0)),
+        "video_attention": ((q, k, v), (0.3, 0.4, 3, True)),
+        "video_attention_backward": ((grad_out, grad_map, q, k, v, out, lse_v), (0.3, 0.4, 3, True)),
+        "symmetric_kl": ((rows, rows.log(), others, others.log()), (False,)),
+        "symmetric_kl_backward": ((grad_distance, rows, rows.log(), others, others.log()), (False,)),
+        "symmetric_kl_adjacency": ((p, p.log()), (2.0, True)),
+        "neighbour_mean": ((adjacency, p), ()),
+        "greedy_absorb": ((adjacency,), ()),
+        "greedy_absorb_kl": ((p, p.log()), (2.0,)),
+        "segment_mean": ((p, label), (6,)),
+        "assign_clusters": ((q[1], k[1], lse[1], p_head[1, ::7], log_p_head[1, ::7]), (0.3,)),
+        "assign_rows": ((p, p.log(), x, x.log()), ()),
+    }
+    tensors, scalars = calls[name]
+    return OpCase(op, gradient, tensors, scalars)
+
+
+def agree(got: Tensors, want: Tensors) -> bool:
+    """Equal up to the rounding that a BLAS may change with strides and threads."""
+    return all(
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.allclose(a, b, rtol=max(1e-4, 2 * _step(a.dtype)), atol=1e-5, equal_nan=True)
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+def _step(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
