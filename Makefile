@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml setup.py
 		einops ruff tqdm setuptools wheel pybind11 cmake ninja
 	touch $@
 
-.PHONY: install test demo lint
+.PHONY: install test demo lint gpu-check
 install: $(VENV)/ready
 	VIDOPS_CUDA=$${VIDOPS_CUDA:-AUTO} $(BIN)/pip install -q --no-deps -e .
 
@@ -23,7 +23,11 @@ lint: $(VENV)/ready
 # The interpreter switch is read when a kernel is decorated, so compiled and interpreted runs are two processes.
 test: install
 	$(BIN)/pytest -q -m "not slow and not network" tests
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "not slow and not network" tests/ops tests/test_triton_dropout.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -m "not slow and not network" tests/ops tests/test_triton_dropout.py tests/test_memory.py
+
+# For a machine with a card: needs no network and installs nothing, so PYTHON must have what CONTRIBUTING.md lists.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 demo: install
 	$(BIN)/python -m vidops

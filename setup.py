@@ -69,7 +69,7 @@ setup(
         "vidops.models",
     ],
     package_dir={"vidops": "vidops", "vidops.kernels": "kernels", "vidops.models": "models"},
-    package_data={"vidops": ["py.typed"], "vidops.segment": ["two_people_masks.npz"]},
+    package_data={"vidops": ["py.typed", "_card_record.json"], "vidops.segment": ["two_people_masks.npz"]},
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
 )

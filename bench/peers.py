@@ -31,8 +31,8 @@ def public_walk(distance: torch.Tensor, tau: float) -> torch.Tensor:
     distance, takes away who is absorbed, marks the rest, and writes their owner through a boolean index, whose
     size is a second read.
     """
-    absorbed = torch.zeros(len(distance), dtype=torch.bool)
-    owner = torch.zeros(len(distance), dtype=torch.int64)
+    absorbed = torch.zeros(len(distance), dtype=torch.bool, device=distance.device)
+    owner = torch.zeros(len(distance), dtype=torch.int64, device=distance.device)
     for i in range(len(distance)):
         if absorbed[i]:
             continue
@@ -56,8 +56,8 @@ def lean_walk(near: torch.Tensor) -> torch.Tensor:
 
 def eager_greedy(x: torch.Tensor, distance: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The public loop with what it is for: each leader also takes the mean of its members' rows."""
-    absorbed = torch.zeros(len(x), dtype=torch.bool)
-    owner = torch.zeros(len(x), dtype=torch.int64)
+    absorbed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    owner = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     means = []
     for i in range(len(x)):
         if absorbed[i]:

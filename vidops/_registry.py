@@ -19,6 +19,9 @@ from torch.library import Library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+# The refusal of a backend that an op has no row for.
+NO_IMPLEMENTATION = "this op has no such implementation"
+
 # The automatic order per device type. Changing it is a user-visible change: changelog entry and benchmark.
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
@@ -30,7 +33,14 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[str, ...]] = {}
 
 
 class BackendError(NotImplementedError):
-    """No backend, or not the one asked for, can run this call. The text lists every backend's reason."""
+    """No backend, or not the one asked for, can run this call. The text lists every backend's reason.
+
+    `reason` is that of the backend asked for, None when none was.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _checked_backend(name: str, where: str) -> str:
@@ -171,7 +181,7 @@ class Op:
         """Why `backend` cannot run this call, or None when it can."""
         impl = self.rows.get(backend)
         if impl is None:
-            return "this op has no such implementation"
+            return NO_IMPLEMENTATION
         if needs_grad and (self.backward is None or impl.backward is None):
             if self.backward is None:
                 return "the op is not differentiable: detach its inputs or call it under torch.no_grad()"
@@ -187,7 +197,7 @@ class Op:
             reason = self.refusal(forced, tensors, needs_grad)
             if reason is None:
                 return forced
-            raise BackendError(self._refused(tensors, needs_grad, forced))
+            raise BackendError(self._refused(tensors, needs_grad, forced), reason)
         for name in AUTO_ORDER.get(tensors[0].device.type, ()):
             if self.refusal(name, tensors, needs_grad) is None:
                 return name

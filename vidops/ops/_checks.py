@@ -117,7 +117,9 @@ def map_and_log(
     if p.dtype not in (torch.float32, torch.float64):
         p = p.float()
     if log_p is None:
-        return p, p.clamp_min(torch.finfo(p.dtype).tiny).log()
+        positive = p.clamp_min(torch.finfo(p.dtype).tiny)
+        # In place where autograd does not need the clamped values: maps are the largest tensors there are.
+        return p, positive.log() if positive.requires_grad else positive.log_()
     tensor(f"log_{name}", log_p, rank=rank)
     if log_p.dtype not in (torch.float32, torch.float64):
         log_p = log_p.float()
