@@ -98,6 +98,7 @@ void attention_set_row_inputs(const char* op, AttentionArgs& args, const TensorV
                               const TensorView& grad_map) {
   require_dtype(op, "lse", lse, DType::f32);
   require(lse.numel() == int64_t{args.batch_heads} * args.n, std::string(op) + ": lse has an unexpected shape");
+  require(lse.contiguous(), std::string(op) + ": lse is not contiguous");
   args.lse = lse.as<float>();
   if (!grad_map.present()) return;
   require_dtype(op, "the map's gradient", grad_map, DType::f32);

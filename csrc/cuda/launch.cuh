@@ -26,7 +26,7 @@ class DeviceGuard {
 
 inline void zero_async(const char*, void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
 
-inline size_t shared_limit(const char*) { return shim::kMaxSharedBytes; }
+inline size_t shared_limit(const char*) { return shim::machine().shared_limit; }
 
 #define VIDOPS_LAUNCH(op, kernel, grid, threads, shared_bytes, stream, ...)                                     \
   do {                                                                                                          \

@@ -6,7 +6,8 @@ namespace vidops::cuda {
 constexpr int kDistanceSide = 128;
 constexpr int kDistancePitch = kDistanceSide + 1;  // of the tile in shared memory: no conflicts in columns
 constexpr int kDistanceShared = TileShape<kDistanceSide, kDistanceSide>::kSharedBytes;
-static_assert(kDistanceSide * kDistancePitch * sizeof(float) <= kDistanceShared, "it replaces the stages");
+constexpr int kDistanceLean = TileShape<kDistanceSide, kDistanceSide>::kLeanBytes;
+static_assert(kDistanceSide * kDistancePitch * sizeof(float) <= kDistanceLean, "it replaces the stages");
 
 struct SymmetricKlArgs {
   DistanceArgs set;
@@ -25,14 +26,15 @@ VIDOPS_KERNEL(kPackThreads) symmetric_kl_pack(DistanceArgs a) {
 }
 
 // One block per tile. A set with itself: tiles on and above the diagonal also write their mirror image.
-VIDOPS_KERNEL(kTileThreads) symmetric_kl_product(SymmetricKlArgs a) {
+template <int kStages>
+VIDOPS_DEVICE void distance_tile(const SymmetricKlArgs& a) {
   VIDOPS_SHARED(memory);
   const TilePlace place((a.rows + kDistanceSide - 1) / kDistanceSide,
                         (a.columns + kDistanceSide - 1) / kDistanceSide);
   if (a.same && place.across < place.down) return;
   const int first_row = place.down * kDistanceSide, first_column = place.across * kDistanceSide;
   Tile<kDistanceSide, kDistanceSide> tile;
-  multiply_tile<Half, kDistanceFlush>(
+  multiply_tile<Half, kDistanceFlush, kStages>(
       tile, cross_product(a.set, a.same ? 0 : a.rows), memory,
       [&](int r) { return first_row + r < a.rows ? (i64)(first_row + r) : -1; },
       [&](int c) { return first_column + c < a.columns ? (i64)(first_column + c) : -1; });
@@ -70,5 +72,9 @@ VIDOPS_KERNEL(kTileThreads) symmetric_kl_product(SymmetricKlArgs a) {
         row_self[row] + column_self[mirrored] - shared[r * kDistancePitch + k];
   }
 }
+
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_product(SymmetricKlArgs a) { distance_tile<kTileStages>(a); }
+
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_product_lean(SymmetricKlArgs a) { distance_tile<kLeanStages>(a); }
 
 }  // namespace vidops::cuda

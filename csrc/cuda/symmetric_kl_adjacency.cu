@@ -7,8 +7,9 @@ namespace vidops::cuda {
 constexpr int kFilterSide = 128;
 constexpr int kFilterWords = kFilterSide / 32;
 constexpr int kFilterShared = TileShape<kFilterSide, kFilterSide>::kSharedBytes;
+constexpr int kFilterLean = TileShape<kFilterSide, kFilterSide>::kLeanBytes;
 constexpr int kRecheckThreads = 256;
-static_assert(kFilterSide * 2 * (kStats + kFilterWords) * 4 <= kFilterShared, "they replace the stages");
+static_assert(kFilterSide * 2 * (kStats + kFilterWords) * 4 <= kFilterLean, "they replace the stages");
 
 struct SymmetricKlAdjacencyArgs {
   DistanceArgs set;
@@ -30,14 +31,15 @@ VIDOPS_KERNEL(kPackThreads) symmetric_kl_adjacency_pack(DistanceArgs a) {
 
 // One block per tile on or above the diagonal. It alone writes the words of its rows and, mirrored, of its
 // columns.
-VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter(SymmetricKlAdjacencyArgs a) {
+template <int kStages>
+VIDOPS_DEVICE void filter_tile(const SymmetricKlAdjacencyArgs& a) {
   VIDOPS_SHARED(memory);
   const TilePlace place(a.tiles, a.tiles);
   if (place.across < place.down) return;
   const int rows = a.set.p.rows;
   const int first_row = place.down * kFilterSide, first_column = place.across * kFilterSide;
   Tile<kFilterSide, kFilterSide> tile;
-  multiply_tile<Half, kFilterFlush>(
+  multiply_tile<Half, kFilterFlush, kStages>(
       tile, cross_product(a.set, 0), memory,
       [&](int r) { return first_row + r < rows ? (i64)(first_row + r) : -1; },
       [&](int c) { return first_column + c < rows ? (i64)(first_column + c) : -1; });
@@ -88,6 +90,14 @@ VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter(SymmetricKlAdjacencyAr
       if (column < rows) a.out[(i64)column * a.out_words + mirrored_word] = mirrored;
     }
   }
+}
+
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter(SymmetricKlAdjacencyArgs a) {
+  filter_tile<kTileStages>(a);
+}
+
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter_lean(SymmetricKlAdjacencyArgs a) {
+  filter_tile<kLeanStages>(a);
 }
 
 // One block per row, a warp per open pair. Pairs of different rows share words, hence the atomics; or

@@ -41,9 +41,12 @@ void symmetric_kl_adjacency_forward_cuda(const SymmetricKlAdjacencyParams& param
 
   prepare_distance(kOp, args.set, symmetric_kl_adjacency_columns, symmetric_kl_adjacency_centre,
                    symmetric_kl_adjacency_pack, stream);
-  // 128 KB of shared memory: one block per multiprocessor.
-  VIDOPS_LAUNCH(kOp, symmetric_kl_adjacency_filter, Grid{grid_x(kOp, int64_t{args.tiles} * args.tiles)},
-                kTileThreads, kFilterShared, stream, args);
+  // 128 KB of shared memory, or 96 where a block may not have more: one block per multiprocessor.
+  const Grid grid{grid_x(kOp, int64_t{args.tiles} * args.tiles)};
+  if (shared_limit(kOp) < kFilterShared)
+    VIDOPS_LAUNCH(kOp, symmetric_kl_adjacency_filter_lean, grid, kTileThreads, kFilterLean, stream, args);
+  else
+    VIDOPS_LAUNCH(kOp, symmetric_kl_adjacency_filter, grid, kTileThreads, kFilterShared, stream, args);
   VIDOPS_LAUNCH(kOp, symmetric_kl_adjacency_recheck, Grid{grid_x(kOp, rows)}, kRecheckThreads, 0, stream,
                 args);
 }

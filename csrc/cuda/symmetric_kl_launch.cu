@@ -33,14 +33,18 @@ void symmetric_kl_forward_cuda(const SymmetricKlParams& params, int device, void
   args.columns = to_int(kOp, columns);
   args.same = params.same;
   const int64_t tiles = ceil_div(rows, kDistanceSide) * ceil_div(columns, kDistanceSide);
+  const bool lean = shared_limit(kOp) < kDistanceShared;
   for (int64_t b = 0; b < params.p.shape[0]; ++b) {
     args.set.p = map_rows(kOp, params.p, params.log_p, b);
     if (!params.same) args.set.q = map_rows(kOp, params.q, params.log_q, b);
     args.out = params.distance.as<float>() + b * rows * columns;
     prepare_distance(kOp, args.set, symmetric_kl_columns, symmetric_kl_centre, symmetric_kl_pack, stream);
-    // 128 KB of shared memory: one block per multiprocessor.
-    VIDOPS_LAUNCH(kOp, symmetric_kl_product, Grid{grid_x(kOp, tiles)}, kTileThreads, kDistanceShared, stream,
-                  args);
+    // 128 KB of shared memory, or 96 where a block may not have more: one block per multiprocessor.
+    const Grid grid{grid_x(kOp, tiles)};
+    if (lean)
+      VIDOPS_LAUNCH(kOp, symmetric_kl_product_lean, grid, kTileThreads, kDistanceLean, stream, args);
+    else
+      VIDOPS_LAUNCH(kOp, symmetric_kl_product, grid, kTileThreads, kDistanceShared, stream, args);
   }
 }
 

@@ -6,14 +6,14 @@
 // run into one accumulator: [P | L] against [L | P], or the parts of operands split into a high and a low
 // half. The rows of a tile are named by functors, so they may be gathered: -1 stands for a row of zeros.
 //
-// Columns go in chunks of 64 through kTileStages stages of shared memory filled by asynchronous 16-byte
-// copies. Piece k of row r lies at k ^ (r % 8), so that neither the copies nor ldmatrix meet bank conflicts.
+// Columns go in chunks of 64 through kStages stages of shared memory filled by asynchronous 16-byte copies.
+// Piece k of row r lies at k ^ (r % 8), so that neither the copies nor ldmatrix meet bank conflicts.
 // Tensor cores truncate when they add; every kFlush chunks their accumulator moves into a separate float sum,
 // which bounds the error by tile_rounding(kFlush), whatever the depth. Fewer chunks per run are more exact,
 // more are faster.
 //
 // Use: every thread of the block calls multiply_tile with the same arguments; `shared` holds kSharedBytes of
-// the TileShape and is free for other use when the call returns. Thread-to-element maps: Tile::row and
+// the TileShape (kLeanBytes with kLeanStages) and is free for other use when the call returns. Thread-to-element maps: Tile::row and
 // Tile::column; tile_words turns a predicate into bit rows.
 #pragma once
 
@@ -23,6 +23,7 @@ namespace vidops::cuda {
 
 constexpr int kTileThreads = 256;
 constexpr int kTileStages = 4;
+constexpr int kLeanStages = 3;  // for devices that give a block less shared memory
 constexpr int kTileChunk = 64;  // columns per stage
 constexpr int kRowAlign = 8;    // stored rows hold a multiple of this many elements: 16-byte copies
 
@@ -50,6 +51,7 @@ struct TileShape {
   static constexpr int kRowBytes = kTileChunk * 2;
   static constexpr int kStageBytes = (kM + kN) * kRowBytes;
   static constexpr int kSharedBytes = kTileStages * kStageBytes;
+  static constexpr int kLeanBytes = kLeanStages * kStageBytes;
 };
 
 template <int kM, int kN>
@@ -92,7 +94,7 @@ struct Product {
   u32 left_code, right_code;
 };
 
-template <class Format, int kFlush, int kM, int kN, class LeftRow, class RightRow>
+template <class Format, int kFlush, int kStages = kTileStages, int kM, int kN, class LeftRow, class RightRow>
 VIDOPS_DEVICE void multiply_tile(Tile<kM, kN>& tile, const Product& product, char* shared, LeftRow left_row,
                                  RightRow right_row) {
   using Shape = TileShape<kM, kN>;
@@ -128,7 +130,7 @@ VIDOPS_DEVICE void multiply_tile(Tile<kM, kN>& tile, const Product& product, cha
       const u16* left = product.left + left_digit * product.left_plane + load_column;
       const u16* right = product.right + right_digit * product.right_plane + load_column;
       const bool inside = load_column + piece * 8 < product.columns;
-      char* stage = shared + load_step % kTileStages * Shape::kStageBytes + to;
+      char* stage = shared + load_step % kStages * Shape::kStageBytes + to;
       VIDOPS_UNROLL
       for (int u = 0; u < kLeftPasses; ++u)
         copy_async(stage + u * kPassBytes, left + left_at[u], inside && left_valid >> u & 1);
@@ -156,15 +158,15 @@ VIDOPS_DEVICE void multiply_tile(Tile<kM, kN>& tile, const Product& product, cha
       VIDOPS_UNROLL
       for (int e = 0; e < 4; ++e) tile.value[s][c][e] = 0;
 
-  for (int stage = 0; stage < kTileStages - 1; ++stage) load();
+  for (int stage = 0; stage < kStages - 1; ++stage) load();
   for (int run = 0; run < steps; run += kFlush) {
     float part[Shape::kSlabs][4][4] = {};
     const int end = run + kFlush < steps ? run + kFlush : steps;
     for (int step = run; step < end; ++step) {
-      copy_wait<kTileStages - 2>();
+      copy_wait<kStages - 2>();
       block_sync();  // the stage has arrived for all, and all are done with the one that is filled next
       load();
-      const char* stage = shared + step % kTileStages * Shape::kStageBytes;
+      const char* stage = shared + step % kStages * Shape::kStageBytes;
       VIDOPS_UNROLL
       for (int k = 0; k < kTileChunk / 16; ++k) {
         u32 a[Shape::kSlabs][4], b[2][4];

@@ -38,6 +38,7 @@ PYBIND11_MODULE(VIDOPS_SHIM_MODULE, m) {
   pybind11::register_exception<vidops::ArgumentError>(m, "ArgumentError", PyExc_ValueError);
   pybind11::register_exception<shim::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", [](unsigned seed) { shim::machine().seed = seed; });
+  m.def("set_shared_limit", [](size_t bytes) { shim::machine().shared_limit = bytes; });
   m.def("selfcheck", &selfcheck);
   m.def("rotate", &rotate);
   m.def("divergent", &divergent);

@@ -190,7 +190,7 @@ void launch(Index grid, Index block, size_t shared_bytes, const std::function<vo
     throw Fault(std::string(name) + ": launch shape not allowed");
   if (grid.x > 0x7fffffffu || grid.y > 65535u || grid.z > 65535u)
     throw Fault(std::string(name) + ": grid too large");
-  if (shared_bytes > kMaxSharedBytes) throw Fault(std::string(name) + ": too much shared memory");
+  if (shared_bytes > machine().shared_limit) throw Fault(std::string(name) + ": too much shared memory");
 
   m.grid = grid;
   m.block_size = block;

@@ -44,7 +44,6 @@ struct Copy {
 };
 
 constexpr int kWarp = 32;
-constexpr size_t kMaxSharedBytes = 227 * 1024;
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -72,6 +71,7 @@ struct Exchange {
 
 struct Machine {
   unsigned seed = 0;
+  size_t shared_limit = 227 * 1024;  // of a block, as on Hopper
   Fiber* current = nullptr;
   void* scheduler_stack = nullptr;
   Index block{0, 0, 0}, block_size, grid;

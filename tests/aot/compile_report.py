@@ -124,7 +124,8 @@ def single() -> None:
     """Every size is one: the launcher makes constants of sizes and strides then; kernels must survive it."""
     one, two, many = empty(1, 1), empty(1, 1, 1), empty(1, 1, 1, 1)
     bits, label = empty(1, 1, dtype=torch.int64), empty(1, dtype=torch.int64)
-    attention_head_mean.forward(many, many, 1.0, 0.5, 1, True)
+    attention_head_mean.forward(many, many, 1.0, 0.5, 1, False)
+    attention_head_mean.forward(many, many, 1.0, 0.0, 0, True)
     attention_head_mean.backward(two, many, many, two, 1.0, 0.5, 1)
     video_attention.forward(many, many, many, 1.0, 0.5, 1, True)
     video_attention.backward(many, two, many, many, many, many, two, 1.0, 0.5, 1, True)

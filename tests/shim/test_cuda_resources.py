@@ -1,0 +1,94 @@
+"""Every CUDA kernel file compiles without host headers, spills nothing and stays within its register limit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswith("_launch"))
+ATTENTION_LIMIT = {
+    "delta": 184,
+    "dk": 208,
+    "dq": 216,
+    "dv": 168,
+    "lse": 128,
+    "map": 128,
+    "map_dropout": 128,
+    "out": 168,
+    "tiny": 128,
+}
+REGISTER_LIMIT = {
+    **{f"attention_{name}_{kind}": n for name, n in ATTENTION_LIMIT.items() for kind in ("f32", "f16", "bf16")},
+    "assign_clusters_log_sums": 40,
+    "assign_rows_centre": 40,
+    "assign_rows_decide": 64,
+    "assign_rows_pack": 40,
+    "assign_rows_scores": 255,
+    "assign_rows_scores_narrow": 255,
+    "attention_lse_combine": 40,
+    "attention_pack_16bit": 40,
+    "attention_pack_f32": 40,
+    "attention_range": 40,
+    "greedy_absorb_kl_centre": 40,
+    "greedy_absorb_kl_columns": 40,
+    "greedy_absorb_kl_pack": 64,
+    "greedy_absorb_kl_round": 128,  # two blocks of 256 threads per multiprocessor
+    "greedy_absorb_owner": 40,
+    "greedy_absorb_walk": 64,
+    "neighbour_mean_compact": 40,
+    "neighbour_mean_copy": 40,
+    "neighbour_mean_first": 64,
+    "neighbour_mean_norms": 40,
+    "neighbour_mean_tiles": 170,  # three blocks of 128 threads
+    "neighbour_mean_totals": 40,
+    "neighbour_mean_words": 64,
+    "segment_mean_members": 40,
+    "segment_mean_rows": 40,
+    "symmetric_kl_adjacency_centre": 40,
+    "symmetric_kl_adjacency_columns": 40,
+    "symmetric_kl_adjacency_filter": 255,
+    "symmetric_kl_adjacency_filter_lean": 255,
+    "symmetric_kl_adjacency_pack": 64,
+    "symmetric_kl_adjacency_recheck": 80,
+    "symmetric_kl_centre": 40,
+    "symmetric_kl_columns": 40,
+    "symmetric_kl_pack": 64,
+    "symmetric_kl_product": 255,
+    "symmetric_kl_product_lean": 255,
+}
+STATIC_SHARED_LIMIT = 0  # kernels take dynamic shared memory only
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for.*?(?P<store>\d+) bytes spill stores, (?P<load>\d+) bytes spill"
+    r" loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.stem)
+def test_resources(source: Path, arch: str, tmp_path: Path) -> None:
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    options = ["-std=c++17", target, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "k.cubin")]
+    report = subprocess.run([str(NVCC), *options, str(source)], capture_output=True, text=True, check=True).stderr
+    kernels = list(ENTRY.finditer(report))
+    declared = re.findall(r"VIDOPS_KERNEL\([\w, ]+\) (\w+)\(", source.read_text())
+    assert len(kernels) == len(declared) > 0
+    for kernel in kernels:
+        (name,) = [d for d in declared if f"{len(d)}{d}" in kernel["name"]]
+        shared = re.search(r"(\d+) bytes smem", kernel["rest"])
+        print(f"{name} sm_{arch}: {kernel['registers']} registers, {shared.group(1) if shared else 0} bytes smem")
+        assert kernel["store"] == kernel["load"] == "0", name
+        assert int(kernel["registers"]) <= REGISTER_LIMIT[name], name
+        assert (int(shared.group(1)) if shared else 0) <= STATIC_SHARED_LIMIT, name
+
+
+@pytest.mark.parametrize("source", [*KERNEL_FILES, CUDA / "device.cuh"], ids=lambda path: path.name)
+def test_no_host_headers(source: Path) -> None:
+    assert not re.search(r"^\s*#\s*include\s*<", source.read_text(), re.MULTILINE)

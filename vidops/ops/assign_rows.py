@@ -82,12 +82,13 @@ def _triton_forward(*args: Any) -> Any:
     return kernel.forward(*args)
 
 
-def _cuda_forward(*args: torch.Tensor) -> torch.Tensor:
-    label = _fake(*args, "")
-    p, centroids = args[0], args[2]
+def _cuda_forward(
+    p: torch.Tensor, log_p: torch.Tensor, centroids: torch.Tensor, log_centroids: torch.Tensor
+) -> torch.Tensor:
+    label = _fake(p, log_p, centroids, log_centroids, "")
     automatic = 0  # as many rows at a time as the launcher sees fit
     words = _native.C.assign_rows_workspace_cuda(*p.shape, centroids.shape[0], automatic)
-    views = [_native.view(t) for t in (*args, label, label.new_empty(words))]
+    views = [_native.view(t) for t in (p, log_p, centroids, log_centroids, label, label.new_empty(words))]
     _native.C.assign_rows_forward_cuda(*views, automatic, *_native.stream(p))
     return label
 

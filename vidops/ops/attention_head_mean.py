@@ -202,7 +202,7 @@ def _cuda_backward(
     grad_p: torch.Tensor, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, scale: float, dropout_p: float, seed: int
 ) -> tuple[torch.Tensor, ...]:
     grads = q.new_empty(q.shape), k.new_empty(k.shape)
-    views = [_native.view(t) for t in (grad_p, q, k, lse, *grads, _cuda_workspace(q, k, True))]
+    views = [_native.view(t) for t in (grad_p, q, k, lse.contiguous(), *grads, _cuda_workspace(q, k, True))]
     _native.C.attention_head_mean_backward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
     return grads
 

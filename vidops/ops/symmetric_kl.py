@@ -40,7 +40,8 @@ def symmetric_kl(
         TypeError: wrong type or dtype. ValueError: wrong rank or shape, no column.
         BackendError: no backend, or not the one asked for, can run the call.
 
-    NaN in a row makes every distance of that row NaN.
+    NaN in a row makes every distance of that row NaN. Rounding is relative to the largest row: the native forms
+    take the column means out first, so rows thousands of times smaller than others lose digits.
 
     Backends: reference, cpu, triton, cuda; the backward is two matrix products per input, by PyTorch on all.
 

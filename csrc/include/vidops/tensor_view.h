@@ -28,6 +28,14 @@ struct TensorView {
     for (int i = 0; i < rank; ++i) n *= shape[i];
     return n;
   }
+  bool contiguous() const {
+    int64_t packed = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      if (shape[i] > 1 && stride[i] != packed) return false;
+      packed *= shape[i];
+    }
+    return true;
+  }
   template <class T>
   T* as() const {
     return static_cast<T*>(data);
