@@ -1,4 +1,4 @@
-"""The shim module, built once; tests of this folder drive the kernels through the hubs on it."""
+"""The shim module: tests of this folder drive the kernels through the hubs on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import cuda_shim
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shim() -> Iterator[ModuleType]:
-    """The built module, standing in for the extension's CUDA half until the session's tests here are done."""
+    """The built module, standing in for the extension's CUDA half while the tests of one file run."""
     if cuda_shim.GXX is None:
         pytest.skip("g++ is not installed")
     with cuda_shim.installed(cuda_shim.load(cuda_shim.build())) as module:

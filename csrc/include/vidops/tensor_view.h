@@ -29,6 +29,7 @@ struct TensorView {
     return n;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t packed = 1;
     for (int i = rank - 1; i >= 0; --i) {
       if (shape[i] > 1 && stride[i] != packed) return false;
