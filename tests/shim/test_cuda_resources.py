@@ -12,6 +12,7 @@ import pytest
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
 KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswith("_launch"))
+DEVICE_HEADERS = sorted(path for path in CUDA.glob("*.cuh") if "launch" not in path.stem)
 ATTENTION_LIMIT = {
     "delta": 184,
     "dk": 208,
@@ -89,6 +90,6 @@ def test_resources(source: Path, arch: str, tmp_path: Path) -> None:
         assert (int(shared.group(1)) if shared else 0) <= STATIC_SHARED_LIMIT, name
 
 
-@pytest.mark.parametrize("source", [*KERNEL_FILES, CUDA / "device.cuh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [*KERNEL_FILES, *DEVICE_HEADERS], ids=lambda path: path.name)
 def test_no_host_headers(source: Path) -> None:
     assert not re.search(r"^\s*#\s*include\s*<", source.read_text(), re.MULTILINE)
