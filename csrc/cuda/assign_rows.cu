@@ -84,8 +84,6 @@ VIDOPS_DEVICE int assign_exponent(u32 largest) {
   return exponent < -60 ? -60 : exponent > 60 ? 60 : exponent;
 }
 
-VIDOPS_DEVICE float assign_power(int exponent) { return bits_float((u32)(127 + exponent) << 23); }
-
 // Stores a value and returns what that loses. Beyond the range of float16 much is lost, which the bound knows; NaN
 // and infinity make both NaN.
 VIDOPS_DEVICE float assign_store(float v, u32& half) {
@@ -107,7 +105,7 @@ VIDOPS_KERNEL(kPackThreads) assign_rows_pack(AssignPackArgs a) {
   u32* value_to = reinterpret_cast<u32*>(a.planes + (i64)row * a.pitch);
   u32* log_to = reinterpret_cast<u32*>(a.planes + a.plane + (i64)row * a.pitch);
   const int exponent = assign_exponent(*a.largest);
-  const float up = assign_power(exponent), down = assign_power(-exponent);
+  const float up = power_of_two(exponent), down = power_of_two(-exponent);
   float stat[kAssignStats] = {}, entropy = 0;
   VIDOPS_UNROLL_BY(4)
   for (int c = 2 * thread_x(); c < a.pitch; c += 2 * kPackThreads) {
@@ -208,7 +206,7 @@ VIDOPS_KERNEL(kDecideThreads) assign_rows_decide(AssignRowsArgs a) {
     if (me == 0) a.label[row] = 0;
     return;
   }
-  const float down = assign_power(-assign_exponent(*a.largest));
+  const float down = power_of_two(-assign_exponent(*a.largest));
   const float rounding = tile_rounding(kScoreFlush) + a.sum_rounding;
 
   auto judge = [&](int k, float& error) {

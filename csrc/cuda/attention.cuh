@@ -89,9 +89,6 @@ struct BfloatKind {
 };
 
 // --- packed operands ------------------------------------------------------------------------------------------------
-// 2^exponent for |exponent| <= 126.
-VIDOPS_DEVICE float power_of_two(int exponent) { return bits_float((u32)(exponent + 127) << 23); }
-
 // The exponent s with largest * 2^s in [2^14, 2^15) (less for the smallest of floats); 0 for 0.
 VIDOPS_DEVICE int range_shift(u32 largest) {
   const int shift = 141 - (int)(largest >> 23 & 0xff);

@@ -80,6 +80,8 @@ VIDOPS_DEVICE int lowest_bit(u32 v) VIDOPS_BODY(return __builtin_ctz(v);, return
 VIDOPS_DEVICE int lowest_bit(u64 v) VIDOPS_BODY(return __builtin_ctzll(v);, return __ffsll((i64)v) - 1;)
 VIDOPS_DEVICE u32 float_bits(float v) VIDOPS_BODY(u32 b; memcpy(&b, &v, 4); return b;, return __float_as_uint(v);)
 VIDOPS_DEVICE float bits_float(u32 b) VIDOPS_BODY(float v; memcpy(&v, &b, 4); return v;, return __uint_as_float(b);)
+// 2^exponent for |exponent| <= 126.
+VIDOPS_DEVICE float power_of_two(int exponent) { return bits_float((u32)(127 + exponent) << 23); }
 VIDOPS_DEVICE u32 multiply_high(u32 a, u32 b) VIDOPS_BODY(return (u32)((u64)a * b >> 32);, return __umulhi(a, b);)
 VIDOPS_DEVICE float exp2_fast(float v)
     VIDOPS_BODY(return exp2f(v);, float r; asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)

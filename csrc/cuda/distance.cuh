@@ -126,7 +126,6 @@ VIDOPS_DEVICE int plane_exponent(u32 largest) {
   const int exponent = 140 - (int)(largest >> 23);
   return exponent < -60 ? -60 : exponent > 60 ? 60 : exponent;
 }
-VIDOPS_DEVICE float power_of_two(int exponent) { return bits_float((u32)(127 + exponent) << 23); }
 
 // Takes the scales out of an entry of the product.
 struct Unscale {
