@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 BACKENDS = ("triton", "cuda")
 # Steps that the card record names when they passed, besides those that decide whether a backend is entered.
-FURTHER = ("validate", "memcheck", "racecheck", "bench")
+FURTHER = {"triton": ("validate", "memcheck", "bench"), "cuda": ("validate", "memcheck", "racecheck", "bench")}
 
 
 def importable(module: str) -> bool:
@@ -118,10 +118,11 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def commit_of(root: Path) -> tuple[str, bool | None]:
-    """(commit, whether files differ from it). A copy without history has what VIDOPS_COMMIT says, or ``unknown``."""
-    found = _output("git", "rev-parse", "--short=12", "HEAD", cwd=root)
+    """(commit, whether files differ from it). VIDOPS_COMMIT outranks a history: a copy may carry an old one."""
+    given = os.environ.get("VIDOPS_COMMIT")
+    found = None if given else _output("git", "rev-parse", "--short=12", "HEAD", cwd=root)
     if found is None:
-        return os.environ.get("VIDOPS_COMMIT", "unknown")[:12], None
+        return (given or "unknown")[:12], None
     changed = (_output("git", "status", "--porcelain", "--untracked-files=all", cwd=root) or "").splitlines()
     ours = ("bench/results/", "vidops/_card_record.json")
     return found, any(not entry[3:].startswith(ours) for entry in changed)
@@ -210,7 +211,7 @@ def record(summary: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
                 "dirty": bool(summary["changed"]),
                 "source": source,
                 "ops": ops,
-                "steps": ["smoke", "contract", *(name for name in FURTHER if name in passed)],
+                "steps": ["smoke", "contract", *(name for name in FURTHER[backend] if name in passed)],
             }
     return after
 
@@ -230,10 +231,30 @@ def write(root: Path, summary: dict[str, Any]) -> list[Path]:
     return [path, text, packaged]
 
 
+def bench_line(row: dict[str, Any]) -> str:
+    def number(name: str, form: str, width: int) -> str:
+        return f"{row[name]:{form}}".rjust(width) if row.get(name) is not None else "-".rjust(width)
+
+    peak = f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") is not None else "-"
+    head = f"{row.get('workload', ''):13} {row['group']:25} {row['variant']:16}"
+    tail = f"{number('error', '.1e', 9)} {peak:>9}"
+    if "ms" not in row:
+        return f"{head} {'FAILED':>10} {'':19} {'':10} {'':8} {tail}  {row.get('why', 'wrong')}"
+    spread = f"{row['ms_p10']:.3f}..{row['ms_p90']:.3f}"
+    times = f"{row['ms']:10.3f} {spread:>19} {number('graph_ms', '.3f', 10)} {number('eager_over_this', '.2f', 8)}"
+    return f"{head} {times} {tail}  {row.get('note', '')}".rstrip()
+
+
+BENCH_HEADER = (
+    f"{'workload':13} {'group':25} {'variant':16} {'ms':>10} {'10..90 %':>19} {'graph ms':>10} {'eager/x':>8} "
+    f"{'error':>9} {'peak MB':>9}"
+)
+
+
 def table(summary: dict[str, Any]) -> str:
     """A page: machine, steps, bench rows."""
     machine, v = summary["machine"], summary["versions"]
-    state = {True: " with local changes", False: "", None: " (as given; no history here)"}[summary["changed"]]
+    state = {True: " with local changes", False: "", None: " (as given)"}[summary["changed"]]
     lines = [
         f"# {machine['device']} (sm_{machine['capability'].replace('.', '')}, {machine['memory'] / 2**30:.0f} GiB), "
         f"driver {v['driver']}, torch {v['torch']}, triton {v['triton']}, python {v['python']}",
@@ -252,10 +273,8 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(f"{'':13} left out: tests/{name} (needs {needs})")
     bench = next((step["details"] for step in summary["steps"] if step["name"] == "bench"), {})
     if bench.get("rows"):
-        from gpu_window import HEADER, line
-
         ceilings = ", ".join(f"{name} {value:.0f}" for name, value in bench["ceilings"].items())
-        lines += ["", f"this card: {ceilings}", HEADER, *map(line, bench["rows"])]
+        lines += ["", f"this card: {ceilings}", BENCH_HEADER, *map(bench_line, bench["rows"])]
         for backend, why in bench["host_reads"].items():
             lines.append(f"window on {backend}: {'the host waits: ' + why if why else 'no host read'}")
         for row in bench["long_video"]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import gpu_attention
 import torch
+from gpu_record import BENCH_HEADER, bench_line
 from gpu_timing import Group, Variant, Verdict, cache_bytes, ceilings, matmul_precision, measure, peak_memory, rotated
 from peers import eager_distance, eager_map, eager_mean, public_walk
 
@@ -327,24 +328,6 @@ def long_video(backend: str, device: torch.device) -> dict[str, Any]:
     return {"backend": backend, "leaders": leaders[0], "peak_bytes": peak, "formula_bytes": formula, "ok": ok}
 
 
-def line(row: dict[str, Any]) -> str:
-    def number(name: str, form: str, width: int) -> str:
-        return f"{row[name]:{form}}".rjust(width) if row.get(name) is not None else "-".rjust(width)
-
-    peak = f"{row['peak_bytes'] / 1e6:.0f}" if row.get("peak_bytes") is not None else "-"
-    head = f"{row.get('workload', ''):13} {row['group']:25} {row['variant']:16}"
-    tail = f"{number('error', '.1e', 9)} {peak:>9}"
-    if "ms" not in row:
-        return f"{head} {'FAILED':>10} {'':19} {'':10} {'':8} {tail}  {row.get('why', 'wrong')}"
-    spread = f"{row['ms_p10']:.3f}..{row['ms_p90']:.3f}"
-    times = f"{row['ms']:10.3f} {spread:>19} {number('graph_ms', '.3f', 10)} {number('eager_over_this', '.2f', 8)}"
-    return f"{head} {times} {tail}  {row.get('note', '')}".rstrip()
-
-
-HEADER = (
-    f"{'workload':13} {'group':25} {'variant':16} {'ms':>10} {'10..90 %':>19} {'graph ms':>10} {'eager/x':>8} "
-    f"{'error':>9} {'peak MB':>9}"
-)
 WINDOW_OPS = ("attention_head_mean", "symmetric_kl_adjacency", "neighbour_mean", "greedy_absorb_kl")
 CLUSTER_OPS = (*WINDOW_OPS, "segment_mean", "assign_clusters")
 
@@ -366,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     device, backends = torch.device("cuda"), options.backends.split(",")
     names = ["fast"] if options.quick else ["fast", "default"] + ["default-long"] * options.long
     found: dict[str, Any] = {"rows": [], "host_reads": {}, "long_video": [], "ceilings": ceilings(device)}
-    print(HEADER)
+    print(BENCH_HEADER)
 
     def save() -> None:
         if options.json:
@@ -381,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = bench(group, device, rounds=7 if options.quick else 15, budget_s=4 if options.quick else 8)
             for row in rows:
                 row["workload"] = name
-                print(line(row), flush=True)
+                print(bench_line(row), flush=True)
             found["rows"] += rows
             save()  # a run that is stopped keeps what it has
         if name == names[0]:

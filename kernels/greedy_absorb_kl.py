@@ -109,7 +109,7 @@ def forward(
     # The first step takes the first rows as they come.
     first = min(n, _BLOCK)
     candidates[0, :first] = torch.arange(first, dtype=torch.int32, device=p.device)
-    state[0, 0] = first
+    state[0, 0].fill_(first)  # an assignment would copy from the host, and wait
     side = 8 if p.dtype == torch.float64 else 16
     parts = _BLOCK // side
     for step in range(cdiv(n, _BLOCK)):

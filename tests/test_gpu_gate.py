@@ -22,6 +22,7 @@ from vidops import _report
 from vidops._registry import OPS, Impl
 
 ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
 CPU = torch.device("cpu")
 PUBLIC = set(OPS)
 
@@ -266,6 +267,18 @@ def test_record_names_the_backends_that_passed():
     assert gpu_record.record(_summary(*smoke), {}) == {}
 
 
+def test_the_table_of_benches_needs_no_vidops(tmp_path):
+    """The gate builds in place and imports nothing of it."""
+    row = {"group": "map", "variant": "cuda", "workload": "fast", "ms": 1.0, "ms_p10": 1.0, "ms_p90": 1.0, "error": 0.0}
+    details = {"rows": [row], "ceilings": {"copy": 1.0}, "host_reads": {}, "long_video": []}
+    summary = _summary(_step("bench", **details))
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    code = f"import sys, json; sys.path.insert(0, {str(BENCH)!r}); import gpu_record; "
+    code += "print(gpu_record.table(json.load(open('summary.json')))); assert 'vidops' not in sys.modules"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "fast          map" in done.stdout, done.stderr
+
+
 def test_files_and_merging(tmp_path, monkeypatch):
     (tmp_path / "vidops").mkdir()
     monkeypatch.setattr(gpu_record, "sources", lambda root: _summary()["sources"])
@@ -437,7 +450,7 @@ def test_bench_rows(window_groups):
         assert [row["variant"] for row in rows][0] == "eager" and rows[-1]["variant"].startswith("cpu"), name
         for row in rows:
             assert row["ok"] and row["ms"] > 0 and row["calls"] == 3, row
-            assert name in gpu_window.line(row) and "FAILED" not in gpu_window.line(row)
+            assert name in gpu_record.bench_line(row) and "FAILED" not in gpu_record.bench_line(row)
 
 
 @pytest.mark.parametrize("name,spoil", [
@@ -460,7 +473,7 @@ def test_wrong_variants_get_no_time(window_groups, name, spoil):
     planted = gpu_timing.Group(group.name, group.inputs, [group.variants[0], wrong, raising], group.judge)
     rows = gpu_window.bench(planted, CPU, rounds=3, budget_s=0.0)
     assert [row["ok"] for row in rows] == [True, False, False]
-    assert all("ms" not in row and "FAILED" in gpu_window.line(row) for row in rows[1:])
+    assert all("ms" not in row and "FAILED" in gpu_record.bench_line(row) for row in rows[1:])
     assert "size" in rows[2]["why"] or "shape" in rows[2]["why"]
 
 

@@ -55,7 +55,7 @@ class Guarded(TorchDispatchMode):
 
 
 def _same(sample: OpCase, backend: str, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
-    return equal(got, want) if sample.repeats_bits(backend) else agree(got, want)
+    return equal(got, want) if sample.repeats_layouts(backend) else agree(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

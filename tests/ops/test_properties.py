@@ -209,7 +209,8 @@ def test_segment_means_keep_the_total(backend, x, spare, seed):
     total = (mean.double() * size[:, None]).sum(0)
     assert torch.allclose(total, x.double().sum(0), rtol=1e-5, atol=1e-37)
     alone = size[label] == 1
-    assert torch.equal(mean[label[alone]], x[alone])  # the mean of one row is that row
+    flushed = 1.2e-38 if backend == "reference" and device.type == "cuda" else 0.0  # PyTorch's atomics drop denormals
+    assert torch.allclose(mean[label[alone]], x[alone], rtol=0, atol=flushed)  # the mean of one row is that row
 
 
 @on_backends("assign_rows")
@@ -286,7 +287,9 @@ def test_video_attention_is_a_weighted_mean(backend, inputs, seed, dropout_p):
         q, k, ones, scale=1.0, dropout_p=dropout_p, seed=seed, need="map", backend=backend
     )
     # With values of one, the output is the total weight: what the map's rows sum to, averaged over heads.
-    assert torch.allclose(out.mean((1, 3)), weights.sum(-1), rtol=1e-4, atol=1e-5)
+    # The two sums may round the logits and their log-sum-exp differently, by 2^-24 of their size each.
+    size = float((q @ k.transpose(-2, -1)).abs().max())
+    assert torch.allclose(out.mean((1, 3)), weights.sum(-1), rtol=1e-4 + 1.2e-7 * size, atol=1e-5)
     p = vidops.attention_head_mean(q, k, scale=1.0, backend="reference")
     if dropout_p == 0.0:
         assert torch.allclose(weights, p, rtol=1e-3, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from matrix import BACKENDS, DEVICE, EMULATED, device_for, equal, heads, on_backends
-from op_cases import case
+from op_cases import agree, case
 from torch.library import opcheck
 
 import vidops
@@ -117,7 +117,8 @@ def test_export_of_attention(backend):
         program = torch.export.export(module, inputs(2, 12), dynamic_shapes=shapes)
         assert _names_of(program) == dict.fromkeys(ATTENTION_OPS, backend)
         for size in ((2, 12), (3, 19)):
-            assert equal(program.module()(*inputs(*size)), module(*inputs(*size)))
+            same = agree if backend == "reference" else equal  # there a BLAS sums, on a card with atomics beside it
+            assert same(program.module()(*inputs(*size)), module(*inputs(*size)))
 
 
 @on_backends("greedy_absorb")
