@@ -156,11 +156,19 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def portable(text: str, root: Path) -> str:
+    """Without the folders of the machine that ran it: results are committed."""
+    for folder, short in ((str(root), "."), (sys.executable, "python"), (sys.prefix, "<python>")):
+        text = text.replace(folder, short)
+    return text
+
+
 def collect(root: Path, card: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything about one run. An earlier result of the same sources keeps the steps that did not run again."""
     import torch
 
     commit, changed = commit_of(root)
+    steps = [s | {name: portable(s[name], root) for name in ("command", "tail")} for s in steps]
     found = {
         "machine": card | {"cpus": os.cpu_count(), "platform": platform.platform()},
         "versions": versions(),

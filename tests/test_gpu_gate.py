@@ -279,6 +279,13 @@ def test_the_table_of_benches_needs_no_vidops(tmp_path):
     assert done.returncode == 0 and "fast          map" in done.stdout, done.stderr
 
 
+def test_results_name_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_record, "sources", lambda root: _summary()["sources"])
+    step = _step("bench") | {"command": f"{sys.executable} {tmp_path}/bench/x.py", "tail": f"{sys.prefix}/lib: warning"}
+    (found,) = gpu_record.collect(tmp_path, _summary()["machine"], [step])["steps"]
+    assert found["command"] == "python ./bench/x.py" and found["tail"] == "<python>/lib: warning"
+
+
 def test_files_and_merging(tmp_path, monkeypatch):
     (tmp_path / "vidops").mkdir()
     monkeypatch.setattr(gpu_record, "sources", lambda root: _summary()["sources"])
