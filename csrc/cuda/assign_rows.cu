@@ -167,16 +167,11 @@ VIDOPS_DEVICE void assign_rows_product(const AssignRowsArgs& a, char* shared) {
       tile, product, shared, [&](int r) { return first_row + r < a.rows ? (i64)first_row + r : -1; },
       [&](int c) { return first_cluster + c < a.clusters ? (i64)first_cluster + c : -1; });
 
-  VIDOPS_UNROLL
-  for (int slab = 0; slab < TileShape<kScoreRows, kN>::kSlabs; ++slab)
-    VIDOPS_UNROLL
-    for (int strip = 0; strip < 4; ++strip)
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int row = first_row + tile.row(slab, e), cluster = first_cluster + tile.column(strip, e);
-        if (row < a.rows && cluster < a.clusters)
-          a.scores[((i64)slice * a.rows + row) * a.clusters + cluster] = tile.value[slab][strip][e];
-      }
+  tile.for_each([&](float value, int slab, int strip, int e) {
+    const int row = first_row + tile.row(slab, e), cluster = first_cluster + tile.column(strip, e);
+    if (row < a.rows && cluster < a.clusters)
+      a.scores[((i64)slice * a.rows + row) * a.clusters + cluster] = value;
+  });
 }
 
 }  // namespace

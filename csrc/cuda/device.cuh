@@ -28,7 +28,7 @@ using i64 = long long;
 #define VIDOPS_DEVICE __device__ __forceinline__
 // Threads per block and, optionally, the blocks per multiprocessor that registers must leave room for.
 #define VIDOPS_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
-#define VIDOPS_SHARED(name) extern __shared__ __align__(128) char name[]
+#define VIDOPS_SHARED(name) extern __shared__ __align__(1024) char name[]
 #define VIDOPS_BODY(host, device) { device }
 #define VIDOPS_INFINITY __int_as_float(0x7f800000)
 #define VIDOPS_UNROLL _Pragma("unroll")
@@ -162,6 +162,78 @@ VIDOPS_DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2
                              "{%8,%9}, {%0,%1,%2,%3};"
                              : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));)
+
+// --- products of a warpgroup: four warps, from a thread number divisible by 128 (sm_90a) ------------------------------
+// Other targets compile kernels without them, under the same names.
+#if defined(VIDOPS_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kGroupProducts = true;
+#else
+constexpr bool kGroupProducts = false;
+#endif
+
+// Makes this thread's writes to shared memory visible to the products that start after the next barrier.
+VIDOPS_DEVICE void group_publish() VIDOPS_BODY(, asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
+// Before the first product of a batch, and after accumulators were touched.
+VIDOPS_DEVICE void group_arrive()
+    VIDOPS_BODY(shim::group_arrive();, asm volatile("wgmma.fence.sync.aligned;" ::: "memory");)
+VIDOPS_DEVICE void group_commit()
+    VIDOPS_BODY(shim::group_commit();, asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");)
+
+// Waits until at most `kAllowed` batches are in flight.
+template <int kAllowed>
+VIDOPS_DEVICE void group_wait()
+    VIDOPS_BODY(shim::group_wait(kAllowed);,
+                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kAllowed) : "memory");)
+
+// After a wait: keeps reads of accumulators from moving to before it.
+template <int kStrips>
+VIDOPS_DEVICE void group_settle(float (&c)[kStrips][4]) {
+#ifndef VIDOPS_SHIM
+  VIDOPS_UNROLL
+  for (int i = 0; i < kStrips; ++i)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+#endif
+}
+
+#ifndef VIDOPS_SHIM
+// Describes rows of 128 bytes whose 16-byte piece k lies at k ^ (row % 8); row 0 is aligned to 1024 bytes, and `at`
+// may point into it, by columns of 32 bytes.
+VIDOPS_DEVICE u64 group_operand(const void* at) {
+  return ((u64)__cvta_generic_to_shared(at) & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+#define VIDOPS_STRIP(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define VIDOPS_STRIPS_8(i) \
+  VIDOPS_STRIP(i), VIDOPS_STRIP(i + 1), VIDOPS_STRIP(i + 2), VIDOPS_STRIP(i + 3), VIDOPS_STRIP(i + 4), \
+      VIDOPS_STRIP(i + 5), VIDOPS_STRIP(i + 6), VIDOPS_STRIP(i + 7)
+#define VIDOPS_NUMBERS_32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
+#define VIDOPS_NUMBERS_64 \
+  VIDOPS_NUMBERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
+  "%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define VIDOPS_GROUP_64(type) \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+               " {" VIDOPS_NUMBERS_32 "}, %32, %33, p, 1, 1, 0, 0;}" \
+               : VIDOPS_STRIPS_8(0) : "l"(group_operand(a)), "l"(group_operand(b)), "r"((int)add))
+#define VIDOPS_GROUP_128(type) \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
+               " {" VIDOPS_NUMBERS_64 "}, %64, %65, p, 1, 1, 0, 0;}" \
+               : VIDOPS_STRIPS_8(0), VIDOPS_STRIPS_8(8) \
+               : "l"(group_operand(a)), "l"(group_operand(b)), "r"((int)add))
+#endif
+
+// c (64 x 8 strips) = a (64x16) b^T (8 strips x 16), plus c where `add`; both in shared memory, see group_operand.
+// c[i][e] is row warp % 4 * 16 + lane / 4 + e / 2 * 8, column 8 i + lane % 4 * 2 + e % 2. Runs behind the caller's
+// back: neither c nor the operands may be touched before a wait.
+VIDOPS_DEVICE void group_half(float (&c)[8][4], const void* a, const void* b, bool add)
+    VIDOPS_BODY(shim::group_multiply(c, 8, a, b, add, half_to_float);, VIDOPS_GROUP_64("f16");)
+VIDOPS_DEVICE void group_half(float (&c)[16][4], const void* a, const void* b, bool add)
+    VIDOPS_BODY(shim::group_multiply(c, 16, a, b, add, half_to_float);, VIDOPS_GROUP_128("f16");)
+VIDOPS_DEVICE void group_bfloat(float (&c)[8][4], const void* a, const void* b, bool add)
+    VIDOPS_BODY(shim::group_multiply(c, 8, a, b, add, bfloat_to_float);, VIDOPS_GROUP_64("bf16");)
+VIDOPS_DEVICE void group_bfloat(float (&c)[16][4], const void* a, const void* b, bool add)
+    VIDOPS_BODY(shim::group_multiply(c, 16, a, b, add, bfloat_to_float);, VIDOPS_GROUP_128("bf16");)
 
 // --- small collectives built from the above ----------------------------------------------------------------------------
 VIDOPS_DEVICE float warp_sum(float v) {

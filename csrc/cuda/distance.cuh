@@ -24,7 +24,7 @@ namespace vidops::cuda {
 
 constexpr int kColumnThreads = 128;
 constexpr int kPackThreads = 256;
-constexpr int kFilterFlush = 4;    // see multiply_tile; Threshold states what it costs
+constexpr int kFilterFlush = 8;    // see multiply_tile; Threshold states what it costs
 constexpr int kDistanceFlush = 2;  // with six terms a run is either high times high or of the small terms
 constexpr float kUnit = 5.9604645e-8f;  // 2^-24, the rounding of float32
 

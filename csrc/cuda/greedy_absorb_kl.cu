@@ -90,17 +90,17 @@ VIDOPS_DEVICE bool find_near(const GreedyAbsorbKlArgs& a, const AliveRows& alive
   if (splits > 1) {
     float* shares = a.shares + (i64)at_tile * splits * kTileFloats + thread_x();
     float* mine = shares + (i64)share * kTileFloats;
-    VIDOPS_UNROLL
-    for (int v = 0; v < kTileFloats / kTileThreads; ++v)
-      mine[v * kTileThreads] = tile.value[v / 16][v / 4 % 4][v % 4];
+    const auto place = [](int slab, int strip, int e) {
+      return ((slab * Shape::kStrips + strip) * 4 + e) * kTileThreads;
+    };
+    tile.for_each([&](float value, int slab, int strip, int e) { mine[place(slab, strip, e)] = value; });
     u32* arrived = a.state->arrived_shares + at_tile;
     if (!arrives_last(arrived, (u32)splits, reinterpret_cast<u32*>(memory))) return false;
-    VIDOPS_UNROLL
-    for (int v = 0; v < kTileFloats / kTileThreads; ++v) tile.value[v / 16][v / 4 % 4][v % 4] = 0;
+    tile.for_each([](float& value, int, int, int) { value = 0; });
     for (int s = 0; s < splits; ++s)
-      VIDOPS_UNROLL
-      for (int v = 0; v < kTileFloats / kTileThreads; ++v)
-        tile.value[v / 16][v / 4 % 4][v % 4] += shares[(i64)s * kTileFloats + v * kTileThreads];
+      tile.for_each([&](float& value, int slab, int strip, int e) {
+        value += shares[(i64)s * kTileFloats + place(slab, strip, e)];
+      });
   }
 
   float* stats = reinterpret_cast<float*>(memory);
@@ -114,19 +114,13 @@ VIDOPS_DEVICE bool find_near(const GreedyAbsorbKlArgs& a, const AliveRows& alive
   }
   block_sync();
   const Threshold threshold(a.set, a.tau, 2 * kMostSplits);
-  VIDOPS_UNROLL
-  for (int slab = 0; slab < Shape::kSlabs; ++slab)
-    VIDOPS_UNROLL
-    for (int strip = 0; strip < 4; ++strip)
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int r = tile.row(slab, e), c = tile.column(strip, e);
-        Decision decision = threshold(tile.value[slab][strip][e], stats + r, kTileRows,
-                                      stats + kAliveTile + c, kTileRows);
-        if (first + r == c) decision = kNear;
-        if (first + r >= alive.count || c >= candidates) decision = kFar;
-        tile.value[slab][strip][e] = (float)decision;
-      }
+  tile.for_each([&](float& value, int slab, int strip, int e) {
+    const int r = tile.row(slab, e), c = tile.column(strip, e);
+    Decision decision = threshold(value, stats + r, kTileRows, stats + kAliveTile + c, kTileRows);
+    if (first + r == c) decision = kNear;
+    if (first + r >= alive.count || c >= candidates) decision = kFar;
+    value = (float)decision;
+  });
   tile_words(tile, near, [&](int s, int c, int e) { return tile.value[s][c][e] == (float)kNear; });
   tile_words(tile, open, [&](int s, int c, int e) { return tile.value[s][c][e] == (float)kOpen; });
   block_sync();

@@ -6,7 +6,7 @@ namespace vidops::cuda {
 constexpr int kDistanceSide = 128;
 constexpr int kDistancePitch = kDistanceSide + 1;  // of the tile in shared memory: no conflicts in columns
 constexpr int kDistanceShared = TileShape<kDistanceSide, kDistanceSide>::kSharedBytes;
-constexpr int kDistanceLean = TileShape<kDistanceSide, kDistanceSide>::kLeanBytes;
+constexpr int kDistanceLean = TileShape<kDistanceSide, kDistanceSide, true>::kSharedBytes;
 static_assert(kDistanceSide * kDistancePitch * sizeof(float) <= kDistanceLean, "it replaces the stages");
 
 struct SymmetricKlArgs {
@@ -26,30 +26,24 @@ VIDOPS_KERNEL(kPackThreads) symmetric_kl_pack(DistanceArgs a) {
 }
 
 // One block per tile. A set with itself: tiles on and above the diagonal also write their mirror image.
-template <int kStages>
+template <bool kLean>
 VIDOPS_DEVICE void distance_tile(const SymmetricKlArgs& a) {
   VIDOPS_SHARED(memory);
   const TilePlace place((a.rows + kDistanceSide - 1) / kDistanceSide,
                         (a.columns + kDistanceSide - 1) / kDistanceSide);
   if (a.same && place.across < place.down) return;
   const int first_row = place.down * kDistanceSide, first_column = place.across * kDistanceSide;
-  Tile<kDistanceSide, kDistanceSide> tile;
-  multiply_tile<Half, kDistanceFlush, kStages>(
+  Tile<kDistanceSide, kDistanceSide, kLean> tile;
+  multiply_tile<Half, kDistanceFlush>(
       tile, cross_product(a.set, a.same ? 0 : a.rows), memory,
       [&](int r) { return first_row + r < a.rows ? (i64)(first_row + r) : -1; },
       [&](int c) { return first_column + c < a.columns ? (i64)(first_column + c) : -1; });
 
   float* shared = reinterpret_cast<float*>(memory);
   const Unscale unscale(a.set);
-  VIDOPS_UNROLL
-  for (int slab = 0; slab < 4; ++slab)
-    VIDOPS_UNROLL
-    for (int strip = 0; strip < 4; ++strip)
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int at = tile.row(slab, e) * kDistancePitch + tile.column(strip, e);
-        shared[at] = unscale(tile.value[slab][strip][e]);
-      }
+  tile.for_each([&](float value, int slab, int strip, int e) {
+    shared[tile.row(slab, e) * kDistancePitch + tile.column(strip, e)] = unscale(value);
+  });
   block_sync();
 
   // One value serves both places of a pair, so that the result is symmetric bit for bit.
@@ -73,8 +67,8 @@ VIDOPS_DEVICE void distance_tile(const SymmetricKlArgs& a) {
   }
 }
 
-VIDOPS_KERNEL(kTileThreads) symmetric_kl_product(SymmetricKlArgs a) { distance_tile<kTileStages>(a); }
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_product(SymmetricKlArgs a) { distance_tile<false>(a); }
 
-VIDOPS_KERNEL(kTileThreads) symmetric_kl_product_lean(SymmetricKlArgs a) { distance_tile<kLeanStages>(a); }
+VIDOPS_KERNEL(kTileThreads) symmetric_kl_product_lean(SymmetricKlArgs a) { distance_tile<true>(a); }
 
 }  // namespace vidops::cuda

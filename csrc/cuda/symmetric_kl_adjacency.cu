@@ -7,7 +7,7 @@ namespace vidops::cuda {
 constexpr int kFilterSide = 128;
 constexpr int kFilterWords = kFilterSide / 32;
 constexpr int kFilterShared = TileShape<kFilterSide, kFilterSide>::kSharedBytes;
-constexpr int kFilterLean = TileShape<kFilterSide, kFilterSide>::kLeanBytes;
+constexpr int kFilterLean = TileShape<kFilterSide, kFilterSide, true>::kSharedBytes;
 constexpr int kRecheckThreads = 256;
 static_assert(kFilterSide * 2 * (kStats + kFilterWords) * 4 <= kFilterLean, "they replace the stages");
 
@@ -31,15 +31,15 @@ VIDOPS_KERNEL(kPackThreads) symmetric_kl_adjacency_pack(DistanceArgs a) {
 
 // One block per tile on or above the diagonal. It alone writes the words of its rows and, mirrored, of its
 // columns.
-template <int kStages>
+template <bool kLean>
 VIDOPS_DEVICE void filter_tile(const SymmetricKlAdjacencyArgs& a) {
   VIDOPS_SHARED(memory);
   const TilePlace place(a.tiles, a.tiles);
   if (place.across < place.down) return;
   const int rows = a.set.p.rows;
   const int first_row = place.down * kFilterSide, first_column = place.across * kFilterSide;
-  Tile<kFilterSide, kFilterSide> tile;
-  multiply_tile<Half, kFilterFlush, kStages>(
+  Tile<kFilterSide, kFilterSide, kLean> tile;
+  multiply_tile<Half, kFilterFlush>(
       tile, cross_product(a.set, 0), memory,
       [&](int r) { return first_row + r < rows ? (i64)(first_row + r) : -1; },
       [&](int c) { return first_column + c < rows ? (i64)(first_column + c) : -1; });
@@ -56,19 +56,14 @@ VIDOPS_DEVICE void filter_tile(const SymmetricKlAdjacencyArgs& a) {
   }
   block_sync();
   const Threshold threshold(a.set, a.tau, 0);
-  VIDOPS_UNROLL
-  for (int slab = 0; slab < 4; ++slab)
-    VIDOPS_UNROLL
-    for (int strip = 0; strip < 4; ++strip)
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int r = tile.row(slab, e), c = tile.column(strip, e);
-        // Below the diagonal the mirror image decides.
-        const bool wanted = first_row + r < first_column + c && first_column + c < rows;
-        const Decision decision = threshold(tile.value[slab][strip][e], stats + r, 2 * kFilterSide,
-                                            stats + kFilterSide + c, 2 * kFilterSide);
-        tile.value[slab][strip][e] = wanted ? (float)decision : 0.0f;
-      }
+  tile.for_each([&](float& value, int slab, int strip, int e) {
+    const int r = tile.row(slab, e), c = tile.column(strip, e);
+    // Below the diagonal the mirror image decides.
+    const bool wanted = first_row + r < first_column + c && first_column + c < rows;
+    const Decision decision =
+        threshold(value, stats + r, 2 * kFilterSide, stats + kFilterSide + c, 2 * kFilterSide);
+    value = wanted ? (float)decision : 0.0f;
+  });
   tile_words(tile, near, [&](int s, int c, int e) { return tile.value[s][c][e] == (float)kNear; });
   tile_words(tile, open, [&](int s, int c, int e) { return tile.value[s][c][e] == (float)kOpen; });
   block_sync();
@@ -93,11 +88,11 @@ VIDOPS_DEVICE void filter_tile(const SymmetricKlAdjacencyArgs& a) {
 }
 
 VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter(SymmetricKlAdjacencyArgs a) {
-  filter_tile<kTileStages>(a);
+  filter_tile<false>(a);
 }
 
 VIDOPS_KERNEL(kTileThreads) symmetric_kl_adjacency_filter_lean(SymmetricKlAdjacencyArgs a) {
-  filter_tile<kLeanStages>(a);
+  filter_tile<true>(a);
 }
 
 // One block per row, a warp per open pair. Pairs of different rows share words, hence the atomics; or

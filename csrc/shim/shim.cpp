@@ -44,6 +44,8 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kMaxThreads = 1024;
+constexpr size_t kSharedAlign = 1024;
+constexpr int kGroupDepth = 16, kGroupRowBytes = 128;
 
 void to_scheduler(Fiber& fiber) { vidops_shim_switch(&fiber.stack_pointer, machine().scheduler_stack); }
 
@@ -81,6 +83,9 @@ void prepare(Fiber& fiber) {
   fiber.phase = 0;
   fiber.open.clear();
   fiber.groups.clear();
+  fiber.arrived = false;
+  fiber.open_products.clear();
+  fiber.products.clear();
 }
 
 class Scheduler {
@@ -102,6 +107,8 @@ class Scheduler {
     for (int i = 0; i < m_.threads; ++i) {
       const Fiber& f = m_.fibers[i];
       if (!f.open.empty()) throw Fault(describe("asynchronous copies were never committed"));
+      if (!f.open_products.empty() || !f.products.empty())
+        throw Fault(describe("products of a warpgroup were never waited for"));
     }
   }
 
@@ -209,9 +216,9 @@ void launch(Index grid, Index block, size_t shared_bytes, const std::function<vo
   for (uint32_t id : order) {
     m.block = {id % grid.x, id / grid.x % grid.y, id / grid.x / grid.y};
     // Exactly the bytes asked for, from the heap: the address sanitizer sees an overrun of shared memory too.
-    std::unique_ptr<char, void (*)(void*)> shared(
-        shared_bytes ? static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128)) : nullptr,
-        std::free);
+    void* memory = nullptr;
+    if (shared_bytes && posix_memalign(&memory, kSharedAlign, shared_bytes) != 0) throw Fault("no shared memory");
+    std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(memory), std::free);
     if (shared_bytes) std::memset(shared.get(), poison, shared_bytes);
     m.shared = shared.get();
     for (unsigned i = 0; i < threads; ++i) {
@@ -318,6 +325,64 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     c[1] += left[group][k] * b1;
     c[2] += left[group + 8][k] * b0;
     c[3] += left[group + 8][k] * b1;
+  }
+}
+
+void group_arrive() {
+  warp_barrier(WarpOp::group);
+  machine().current->arrived = true;
+}
+
+// Piece k of 16 bytes lies at k ^ (row % 8); addresses count from a multiple of 1024 bytes.
+static const uint16_t* group_element(const void* from, int row, int column) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(row * kGroupRowBytes + column * 2);
+  return reinterpret_cast<const uint16_t*>(at ^ (at >> 7 & 7) << 4);
+}
+
+static void perform(const GroupProduct& p, const Fiber& f) {
+  const int lane = f.lane(), first = f.warp() % 4 * 16 + lane / 4;
+  float left[2][kGroupDepth];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kGroupDepth; ++k) left[half][k] = p.decode(*group_element(p.a, first + half * 8, k));
+  for (int strip = 0; strip < p.strips; ++strip)
+    for (int side = 0; side < 2; ++side) {
+      float* const c = p.c[strip] + side;
+      float sum[2] = {p.add ? c[0] : 0, p.add ? c[2] : 0};
+      for (int k = 0; k < kGroupDepth; ++k) {
+        const float right = p.decode(*group_element(p.b, strip * 8 + lane % 4 * 2 + side, k));
+        sum[0] += left[0][k] * right;
+        sum[1] += left[1][k] * right;
+      }
+      c[0] = sum[0];
+      c[2] = sum[1];
+    }
+}
+
+void group_multiply(float (*c)[4], int strips, const void* a, const void* b, bool add, float (*decode)(uint16_t)) {
+  Fiber& f = *machine().current;
+  if (!f.arrived) fail("a product of a warpgroup before it arrived");
+  if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) & 31)
+    fail("an operand of a warpgroup's product is not aligned");
+  warp_barrier(WarpOp::group);
+  const GroupProduct product{c, strips, a, b, add, decode};
+  if (machine().seed % 2)
+    perform(product, f);
+  else
+    f.open_products.push_back(product);
+}
+
+void group_commit() {
+  Fiber& f = *machine().current;
+  f.arrived = false;
+  f.products.push_back(std::move(f.open_products));
+  f.open_products.clear();
+}
+
+void group_wait(int allowed) {
+  Fiber& f = *machine().current;
+  while (f.products.size() > static_cast<size_t>(allowed)) {
+    for (const GroupProduct& product : f.products.front()) perform(product, f);
+    f.products.erase(f.products.begin());
   }
 }
 

@@ -4,8 +4,8 @@
 //   seed 0        lock-step, warps in order
 //   seeds 1..99   warps shuffled before every round
 //   seeds >= 100  shuffled and skewed: a warp may run far ahead of its block
-// Odd seeds complete an asynchronous copy at once, even seeds as late as its wait allows. Shared memory starts
-// poisoned. A deadlock, a barrier that not all threads reach, or lanes of a warp in different warp operations
+// Odd seeds complete asynchronous copies and the products of a warpgroup at once, even seeds as late as their waits
+// allow. Shared memory starts poisoned. A deadlock, a barrier that not all threads reach, or lanes of a warp in different warp operations
 // end the launch with shim::Fault instead of hanging.
 #pragma once
 
@@ -35,12 +35,21 @@ struct Index {
 
 // What a fiber waits for. A warp operation carries its kind, so that lanes in different ones are told apart.
 enum class Wait : int { ready, block, warp, done, faulted };
-enum class WarpOp : int { none, sync, shuffle, ballot, ldmatrix, mma };
+enum class WarpOp : int { none, sync, shuffle, ballot, ldmatrix, mma, group };
 
 struct Copy {
   void* to;
   const void* from;
   int bytes;  // what is copied; the rest of the 16 bytes is zero-filled
+};
+
+// This thread's part of a product of its warpgroup.
+struct GroupProduct {
+  float (*c)[4];
+  int strips;
+  const void *a, *b;
+  bool add;
+  float (*decode)(uint16_t);
 };
 
 constexpr int kWarp = 32;
@@ -55,6 +64,9 @@ struct Fiber {
   unsigned phase = 0;  // parity of the exchange slot that the next warp operation uses
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  bool arrived = false;
+  std::vector<GroupProduct> open_products;
+  std::vector<std::vector<GroupProduct>> products;
 
   int warp() const { return linear / kWarp; }
   int lane() const { return linear % kWarp; }
@@ -97,6 +109,10 @@ void copy_commit();
 void copy_wait(int allowed);
 void load_matrix(uint32_t (&r)[4], const void* row, bool transposed);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*decode)(uint16_t));
+void group_arrive();
+void group_multiply(float (*c)[4], int strips, const void* a, const void* b, bool add, float (*decode)(uint16_t));
+void group_commit();
+void group_wait(int allowed);
 
 template <class T>
 T exchange_from(T value, int source) {
