@@ -19,6 +19,16 @@ void selfcheck(const capsule& a, const capsule& b, const capsule& c) {
                "selfcheck_product");
 }
 
+// a and b (64, 64 s) as float16, c (64, 64) f32.
+void groups(const capsule& a, const capsule& b, const capsule& c) {
+  using namespace vidops::cuda;
+  const auto left = view(a), right = view(b), product = view(c);
+  const int steps = static_cast<int>(left.shape[1] / 64);
+  shim::launch({1, 1, 1}, {128, 1, 1}, 2 * kGroupStage,
+               [&] { selfcheck_groups(left.as<const u16>(), right.as<const u16>(), product.as<float>(), steps); },
+               "selfcheck_groups");
+}
+
 void rotate(const capsule& out, int rounds) {
   const auto target = view(out);
   shim::launch({1, 1, 1}, {128, 1, 1}, 128 * sizeof(int),
@@ -40,6 +50,7 @@ PYBIND11_MODULE(VIDOPS_SHIM_MODULE, m) {
   m.def("set_seed", [](unsigned seed) { shim::machine().seed = seed; });
   m.def("set_shared_limit", [](size_t bytes) { shim::machine().shared_limit = bytes; });
   m.def("selfcheck", &selfcheck);
+  m.def("groups", &groups);
   m.def("rotate", &rotate);
   m.def("divergent", &divergent);
 #ifndef VIDOPS_SHIM_SELFCHECK_ONLY

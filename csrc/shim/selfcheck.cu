@@ -38,6 +38,50 @@ VIDOPS_KERNEL(32) selfcheck_product(const u16* a, const u16* b, float* c, int st
   for (int e = 0; e < 4; ++e) c[(group + e / 2 * 8) * 8 + pair + e % 2] = sum[e];
 }
 
+// C (64x64) = A (64 x 64 steps) B^T (64 x 64 steps) of float16 by one warpgroup: a stage is filled while the product of
+// the one before runs.
+constexpr int kGroupSide = 64, kGroupStage = 2 * kGroupSide * 128;
+
+VIDOPS_KERNEL(128) selfcheck_groups(const u16* a, const u16* b, float* c, int steps) {
+  VIDOPS_SHARED(memory);
+  const int piece = thread_x() % 8;
+  const auto load = [&](int step) {
+    for (int row = thread_x() / 8; step < steps && row < kGroupSide; row += 16) {
+      char* const to = memory + step % 2 * kGroupStage + row * 128 + (piece ^ row % 8) * 16;
+      const i64 from = ((i64)row * steps + step) * 64 + piece * 8;
+      copy_async(to, a + from, true);
+      copy_async(to + kGroupStage / 2, b + from, true);
+    }
+    copy_commit();
+  };
+  float sum[kGroupSide / 8][4];
+  load(0);
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<0>();
+    group_publish();
+    block_sync();
+#ifndef VIDOPS_FAULT_MISSING_ARRIVE
+    group_arrive();
+#endif
+    const char* const stage = memory + step % 2 * kGroupStage;
+    for (int k = 0; k < 4; ++k) group_half(sum, stage + k * 32, stage + kGroupStage / 2 + k * 32, step + k > 0);
+    group_commit();
+#ifndef VIDOPS_FAULT_MISSING_GROUP_WAIT
+    group_wait<1>();
+#endif
+    block_sync();
+    load(step + 1);
+  }
+#ifndef VIDOPS_FAULT_MISSING_LAST_GROUP_WAIT
+  group_wait<0>();
+#endif
+  group_settle(sum);
+  copy_wait<0>();
+  for (int i = 0; i < kGroupSide / 8; ++i)
+    for (int e = 0; e < 4; ++e)
+      c[(warp_id() * 16 + lane_id() / 4 + e / 2 * 8) * kGroupSide + i * 8 + lane_id() % 4 * 2 + e % 2] = sum[i][e];
+}
+
 // Every thread passes a value to another warp's thread, round after round, through the same shared memory.
 VIDOPS_KERNEL(128) selfcheck_rotate(int* out, int rounds) {
   VIDOPS_SHARED(memory);

@@ -34,6 +34,39 @@ def test_tensor_core_wrappers(seeded: ModuleType) -> None:
     assert torch.equal(selfcheck(seeded, a, b), expected)
 
 
+def group_product(module: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-8, 9, (64, 192), generator=generator).half() for _ in range(2))
+    c = torch.full((64, 64), float("nan"))
+    module.groups(to_dlpack(a), to_dlpack(b), to_dlpack(c))
+    return c, a.float() @ b.float().T
+
+
+def test_warpgroup_product(seeded: ModuleType) -> None:
+    found, expected = group_product(seeded)
+    assert torch.equal(found, expected)
+
+
+def test_missing_arrival_of_a_warpgroup_is_reported() -> None:
+    broken = load(build("-DVIDOPS_FAULT_MISSING_ARRIVE", kernels=False))
+    with pytest.raises(broken.Fault, match="before it arrived"):
+        group_product(broken)
+
+
+def test_missing_wait_for_a_warpgroup_is_caught() -> None:
+    broken = load(build("-DVIDOPS_FAULT_MISSING_GROUP_WAIT", kernels=False))
+    for seed in (0, 2, 4, 100, 102):  # even seeds multiply as late as allowed
+        broken.set_seed(seed)
+        found, expected = group_product(broken)
+        assert not torch.equal(found, expected)
+
+
+def test_product_without_a_wait_is_reported() -> None:
+    broken = load(build("-DVIDOPS_FAULT_MISSING_LAST_GROUP_WAIT", kernels=False))
+    with pytest.raises(broken.Fault, match="never waited for"):
+        group_product(broken)
+
+
 def test_divergent_barrier_is_reported(seeded: ModuleType) -> None:
     with pytest.raises(seeded.Fault, match="barrier after some threads have left"):
         seeded.divergent(to_dlpack(torch.zeros(64, dtype=torch.int32)))
