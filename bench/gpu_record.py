@@ -206,9 +206,9 @@ def record(summary: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """
     steps = {step["name"]: step for step in summary["steps"]}
     passed = [name for name, step in steps.items() if step["status"] == "passed"]
-    contract = steps.get("contract", {"status": "", "details": {}})
     after = dict(before)
     for backend, (source, ops) in summary["sources"].items():
+        contract = steps.get(f"contract-{backend}", {"status": "", "details": {}})
         counts = contract["details"]
         tested = counts.get("passed_on", {}).get(backend) and not counts.get("failed_on", {}).get(backend)
         if f"smoke-{backend}" in passed and tested and contract["status"] in ("passed", "failed") and ops:

@@ -134,13 +134,13 @@ void bind_cuda(pybind11::module_& m) {
           video_attention_forward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
   m.def("video_attention_backward_cuda",
-        [](capsule grad_out, capsule grad_map, capsule q, capsule k, capsule v, capsule lse, capsule grad_q,
-           capsule grad_k, capsule grad_v, capsule workspace, double scale, double dropout_p, uint64_t seed,
-           int device, uintptr_t stream) {
+        [](capsule grad_out, capsule grad_map, capsule q, capsule k, capsule v, capsule out, capsule lse,
+           capsule grad_q, capsule grad_k, capsule grad_v, capsule workspace, double scale, double dropout_p,
+           uint64_t seed, int device, uintptr_t stream) {
           VideoAttentionBackwardParams a;
           a.grad_out = view(grad_out), a.grad_map = view(grad_map), a.q = view(q), a.k = view(k), a.v = view(v);
-          a.lse = view(lse), a.grad_q = view(grad_q), a.grad_k = view(grad_k), a.grad_v = view(grad_v);
-          a.workspace = view(workspace);
+          a.out = view(out), a.lse = view(lse);
+          a.grad_q = view(grad_q), a.grad_k = view(grad_k), a.grad_v = view(grad_v), a.workspace = view(workspace);
           a.scale = scale, a.dropout_p = dropout_p, a.seed = seed;
           py::gil_scoped_release release;
           video_attention_backward_cuda(a, device, reinterpret_cast<void*>(stream));

@@ -50,6 +50,11 @@ def operand(dtype: torch.dtype) -> Any:
     return tl.float32 if dtype == torch.bfloat16 and interpreted() else TL_DTYPE[dtype]
 
 
+def split(dtype: torch.dtype, width: int) -> bool:
+    """Whether products of heads of `width` (see `padded`) split float32 for the tensor cores, see `matmul`."""
+    return dtype == torch.float32 and width <= 64
+
+
 def stored(dtype: torch.dtype) -> torch.dtype:
     """The type a kernel should store for a result of `dtype`; `.to(dtype)` after it costs nothing else.
 
@@ -125,9 +130,37 @@ def padded(head_size: int) -> int:
 
 
 @triton.jit
-def matmul(a, b, acc, DOT: tl.constexpr):
-    """acc + a @ b with full-precision products: float32 operands never run as TF32."""
-    return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="ieee", out_dtype=acc.dtype)
+def tf32_parts(x):
+    """float32 x as high + low: high has the 11 significant bits that TF32 keeps, rounded to nearest.
+
+    NaN, infinity and what would round to infinity are cut instead, lest the carry change what they are.
+    """
+    half = tl.where(tl.abs(x) < 3.4e38, 0x1000, 0)
+    high = ((x.to(tl.int32, bitcast=True) + half) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def matmul(a, b, acc, DOT: tl.constexpr, SPLIT: tl.constexpr):
+    """acc + a @ b; float32 products run on the tensor cores as three of TF32, which lose no more than float32.
+
+    The part of x that is left of `low` when the tensor core cuts it to TF32 is below 2^-23 |x|, low by low below
+    2^-22 |a b|, so the products are off by 2^-21 sum |a b| at most, mostly by far less. Tensor cores cut their sums
+    too, hence only those of one tile: acc is added in float32, to nearest. TF32 has float32's exponents; parts
+    below 2^-136 are lost, which only matters where |x| < 2^-113.
+    Where an operand is infinite or a product overflows, the low parts make NaN or the other infinity: float32's
+    own result is that of the high parts.
+    """
+    if SPLIT:
+        tl.static_assert(DOT == tl.float32)
+        a_high, a_low = tf32_parts(a.to(DOT))
+        b_high, b_low = tf32_parts(b.to(DOT))
+        cross = tl.dot(a_low, b_high, input_precision="tf32")
+        cross = tl.dot(a_high, b_low, cross, input_precision="tf32")
+        cross = tl.where(tl.abs(cross) < float("inf"), cross, 0.0)
+        return acc + tl.dot(a_high, b_high, cross, input_precision="tf32")
+    else:
+        return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit

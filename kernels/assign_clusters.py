@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vidops.kernels import _common
 from vidops.kernels._common import bound, cdiv, launch, load_tile, matmul
+from vidops.kernels._tiles import warp_groups
 from vidops.kernels.attention_head_mean import log_sum_exp
 
 
@@ -51,7 +52,7 @@ def _assign_clusters_fwd_kernel(
     q_head, q_row, q_col, k_head, k_row, k_col, l_head, l_row, x_row, x_col, lx_row, lx_col,
     scale: tl.float64, log_heads: tl.float64, N, M, K, tiles,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """D, up to the token's entropy, of A tokens and C centroids, with the keys streamed B at a time."""
     rows = (tl.program_id(0) // tiles) * A + tl.arange(0, A)
@@ -70,7 +71,7 @@ def _assign_clusters_fwd_kernel(
             queries = load_tile(q + h * q_head, rows, q_row, channel, q_col, ok_q)
             keys = load_tile(k + h * k_head, columns, k_row, channel, k_col, ok_k)
             row_lse = tl.load(lse + h * l_head + rows.to(tl.int64) * l_row, mask=rows < N, other=0.0)
-            s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT)
+            s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT, SPLIT)
             s = s * factor - row_lse[:, None]
             ratio = tl.exp(-tl.abs(s - top))
             total = tl.where(s > top, total * ratio + 1.0, total + ratio)
@@ -82,8 +83,8 @@ def _assign_clusters_fwd_kernel(
         masses = load_tile(x, columns, x_col, clusters, x_row, ok)
         logs = load_tile(log_x, columns, lx_col, clusters, lx_row, ok)
         logs = tl.where(ok, logs - middle[:, None], 0.0)
-        cross = matmul(tl.where(inside, tl.exp(log_mean), 0.0), logs, cross, ACC)
-        cross = matmul(tl.where(inside, log_mean - middle[None, :], 0.0), masses, cross, ACC)
+        cross = matmul(tl.where(inside, tl.exp(log_mean), 0.0), logs, cross, ACC, SPLIT)
+        cross = matmul(tl.where(inside, log_mean - middle[None, :], 0.0), masses, cross, ACC, SPLIT)
     own = tl.load(entropy + clusters, mask=clusters < K, other=0.0)
     at = rows.to(tl.int64)[:, None] * K + clusters[None, :]
     tl.store(distance + at, own[None, :] - cross, mask=(rows < N)[:, None] & (clusters < K)[None, :])
@@ -135,13 +136,13 @@ def forward(
         *centroids.stride(), *log_centroids.stride(), bound(m), C=1024, ACC=acc, num_warps=4, num_stages=1,
     )  # fmt: skip
     width = _common.padded(d)
-    a, b, c, warps = _tile(width, q.dtype)
+    a, b, c, warps = _tile(width, q)
     tiles = cdiv(count, c)
     launch(
         _assign_clusters_fwd_kernel, cdiv(n, a) * tiles, q, k, lse, centroids, log_centroids, centre, entropy,
         distance, *q.stride(), *k.stride(), *lse.stride(), *centroids.stride(), *log_centroids.stride(),
         scale, math.log(heads), n, bound(m), count, tiles, H=heads, D=d, WIDTH=width, A=a, B=b, C=c,
-        DOT=_common.operand(q.dtype), ACC=acc, num_warps=warps, num_stages=1,
+        DOT=_common.operand(q.dtype), SPLIT=_common.split(q.dtype, width), ACC=acc, num_warps=warps, num_stages=1,
     )  # fmt: skip
     launch(
         _assign_clusters_argmin_kernel, cdiv(n, 64), distance, label, n, bound(count),
@@ -150,10 +151,12 @@ def forward(
     return label
 
 
-def _tile(width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _tile(width: int, q: torch.Tensor) -> tuple[int, int, int, int]:
     """(tokens, keys, centroids, warps)."""
-    if dtype == torch.float64:
+    if q.dtype == torch.float64:
         return (16, 16, 16, 4) if width <= 256 else (8, 16, 32, 8)
-    if dtype == torch.float32:
+    if _common.split(q.dtype, width):
+        return (64 if warp_groups(q) else 32, 32, 64, 8)
+    if q.dtype == torch.float32:
         return (32, 32, 64, 4) if width <= 128 else (16, 16, 32, 4)
     return (64, 32, 64, 8) if width <= 256 else (32, 32, 64, 8)

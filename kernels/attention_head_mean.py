@@ -21,7 +21,7 @@ def _attention_head_mean_lse_kernel(
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col,
     scale: tl.float64, N, M, tiles,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) // tiles
     rows = (tl.program_id(0) % tiles) * A + tl.arange(0, A)
@@ -35,7 +35,7 @@ def _attention_head_mean_lse_kernel(
     for start in range(0, M, B):
         columns = start + tl.arange(0, B)
         keys = load_tile(k, columns, k_row, channel, k_col, (columns < M)[:, None] & (channel < D)[None, :])
-        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT) * factor
+        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT, SPLIT) * factor
         s = tl.where((columns < M)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
@@ -50,7 +50,7 @@ def _attention_head_mean_map_kernel(
     scale: tl.float64, keep_scale: tl.float64, log_heads: tl.float64, threshold: tl.uint32, seed: tl.int64,
     N, M, tiles_n, tiles_m,
     LOG: tl.constexpr, DROPOUT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     # Neighbouring programs share a tile of keys, whose heads together are the larger operand.
@@ -71,7 +71,7 @@ def _attention_head_mean_map_kernel(
         queries = load_tile(q + batch * q_batch + h * q_head, rows, q_row, channel, q_col, ok_q)
         keys = load_tile(k + batch * k_batch + h * k_head, columns, k_row, channel, k_col, ok_k)
         row_lse = tl.load(lse + (batch * H + head) * N + rows, mask=rows < N, other=0.0)
-        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT) * factor - row_lse[:, None]
+        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT, SPLIT) * factor - row_lse[:, None]
         if DROPOUT:
             element = ((batch * H + head) * N + rows.to(tl.int64)[:, None]) * M + columns[None, :]
             dropped += tl.where(dropout_keep(element, seed, threshold), tl.exp(s), 0.0)
@@ -96,13 +96,13 @@ def log_sum_exp(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     batch, heads, n, d = q.shape
     lse = q.new_empty(batch, heads, n, dtype=_common.accumulator(q.dtype))
     width = _common.padded(d)
-    a, b, warps, stages = forward_tile(width, q.dtype)
+    a, b, warps, stages = forward_tile(width, q, False)
     tiles = cdiv(n, a)
     launch(
         _attention_head_mean_lse_kernel, batch * heads * tiles, q, k, lse, *q.stride(), *k.stride(),
         scale, n, bound(k.shape[2]), tiles,
-        H=heads, D=d, WIDTH=width, A=a, B=b, DOT=_common.operand(q.dtype), ACC=_common.TL_DTYPE[lse.dtype],
-        num_warps=warps, num_stages=stages,
+        H=heads, D=d, WIDTH=width, A=a, B=b, DOT=_common.operand(q.dtype),
+        SPLIT=_common.split(q.dtype, width), ACC=_common.TL_DTYPE[lse.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return lse
 
@@ -117,7 +117,7 @@ def head_mean(
     p = lse.new_empty(batch, n, m)
     log_p = lse.new_empty((batch, n, m) if with_log else (0,))
     width = _common.padded(d)
-    a, b, warps, stages = map_tile(width, q.dtype)
+    a, b, warps, stages = map_tile(width, q, dropout_p > 0)
     tiles_n, tiles_m = cdiv(n, a), cdiv(m, b)
     launch(
         _attention_head_mean_map_kernel, batch * tiles_n * tiles_m, q, k, lse, p, log_p,
@@ -125,7 +125,8 @@ def head_mean(
         scale, 1.0 / (1.0 - dropout_p), math.log(heads), _common.dropout_threshold(dropout_p), seed,
         n, m, tiles_n, tiles_m,
         LOG=with_log, DROPOUT=dropout_p > 0, H=heads, D=d, WIDTH=width, A=a, B=b,
-        DOT=_common.operand(q.dtype), ACC=_common.TL_DTYPE[lse.dtype], num_warps=warps, num_stages=stages,
+        DOT=_common.operand(q.dtype), SPLIT=_common.split(q.dtype, width), ACC=_common.TL_DTYPE[lse.dtype],
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return p, log_p
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from vidops.kernels import _common
 from vidops.kernels._common import bound, cdiv, dropout_keep, launch, load_tile, matmul
-from vidops.kernels._tiles import backward_keys_tile, backward_queries_tile, forward_tile
+from vidops.kernels._tiles import backward_keys_tile, backward_queries_tile, forward_tile, warp_groups
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _video_attention_fwd_kernel(
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     scale: tl.float64, keep_scale: tl.float64, threshold: tl.uint32, seed: tl.int64, N, M, tiles,
     DROPOUT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) // tiles
     rows = (tl.program_id(0) % tiles) * A + tl.arange(0, A)
@@ -38,7 +38,7 @@ def _video_attention_fwd_kernel(
         columns = start + tl.arange(0, B)
         ok_k = (columns < M)[:, None] & (channel < D)[None, :]
         keys = load_tile(k, columns, k_row, channel, k_col, ok_k)
-        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT) * factor
+        s = matmul(queries, tl.trans(keys.to(DOT)), tl.zeros([A, B], ACC), DOT, SPLIT) * factor
         s = tl.where((columns < M)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp(top - higher)
@@ -48,7 +48,7 @@ def _video_attention_fwd_kernel(
             element = (head.to(tl.int64) * N + rows.to(tl.int64)[:, None]) * M + columns[None, :]
             w = tl.where(dropout_keep(element, seed, threshold), w, 0.0)
         values = load_tile(v, columns, v_row, channel, v_col, ok_k)
-        acc = matmul(w, values, acc * shrink[:, None], DOT)
+        acc = matmul(w, values, acc * shrink[:, None], DOT, SPLIT)
         top = higher
     acc = acc / total[:, None]
     if DROPOUT:
@@ -60,23 +60,25 @@ def _video_attention_fwd_kernel(
 
 @triton.jit
 def _inner(
-    left, right, FLIP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr
-):
+    left, right, FLIP: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """left (A, D) times the transpose of right (B, D).
 
     Without tensor cores the first operand of a product lives in registers, for a loop-invariant one all of
-    its columns at once. FLIP puts the other one there, where `left` is the invariant.
+    its columns at once. FLIP puts the other one there, where `left` is the invariant. With tensor cores and
+    float32, FLIP leaves the result where the next product, of its transpose, takes it from.
     """
     if FLIP:
-        return tl.trans(matmul(right, tl.trans(left.to(DOT)), tl.zeros([B, A], ACC), DOT))
+        return tl.trans(matmul(right, tl.trans(left.to(DOT)), tl.zeros([B, A], ACC), DOT, SPLIT))
     else:
-        return matmul(left, tl.trans(right.to(DOT)), tl.zeros([A, B], ACC), DOT)
+        return matmul(left, tl.trans(right.to(DOT)), tl.zeros([A, B], ACC), DOT, SPLIT)
 
 
 @triton.jit
 def _inner_streamed(
     left, rows, left_row, left_col, ok_rows, right, others, right_row, right_col, ok_others,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The same from memory, 64 channels at a time: for rows too long to be held on the chip twice."""
     acc = tl.zeros([A, B], ACC)
@@ -85,7 +87,7 @@ def _inner_streamed(
         inside = (channel < D)[None, :]
         x = load_tile(left, rows, left_row, channel, left_col, ok_rows[:, None] & inside)
         y = load_tile(right, others, right_row, channel, right_col, ok_others[:, None] & inside)
-        acc = matmul(x, tl.trans(y.to(DOT)), acc, DOT)
+        acc = matmul(x, tl.trans(y.to(DOT)), acc, DOT, SPLIT)
     return acc
 
 
@@ -120,9 +122,9 @@ def _video_attention_bwd_dq_kernel(
     scale: tl.float64, share: tl.float64, keep_scale: tl.float64, threshold: tl.uint32, seed: tl.int64,
     N, M, tiles,
     OUT: tl.constexpr, MAP: tl.constexpr, DROPOUT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    FLIP: tl.constexpr = DOT.primitive_bitwidth >= 32
+    FLIP: tl.constexpr = DOT.primitive_bitwidth >= 32 and not SPLIT
     WIDE: tl.constexpr = ACC == tl.float64 and WIDTH > 256
     head = tl.program_id(0) // tiles
     rows = (tl.program_id(0) % tiles) * A + tl.arange(0, A)
@@ -156,11 +158,11 @@ def _video_attention_bwd_dq_kernel(
             ok = (rows < N)[:, None] & (columns < M)[None, :]
             if WIDE:
                 s = _inner_streamed(
-                    q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, ACC
+                    q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, SPLIT, ACC
                 )
             else:
                 ok_k = (columns < M)[:, None] & (channel < D)[None, :]
-                s = _inner(queries, load_tile(k, columns, k_row, channel, k_col, ok_k), FLIP, A, B, DOT, ACC)
+                s = _inner(queries, load_tile(k, columns, k_row, channel, k_col, ok_k), FLIP, A, B, DOT, SPLIT, ACC)
             w, _, grad = _weights_and_gradient(
                 s, tl.zeros([A, B], ACC), grad_map, map_row, map_col, row_lse, rows, columns, ok, first,
                 factor, map_share, rescale, threshold, seed, M, MAP, DROPOUT, ACC,
@@ -176,23 +178,23 @@ def _video_attention_bwd_dq_kernel(
         inner = tl.zeros([A, B], ACC)
         if WIDE:
             s = _inner_streamed(
-                q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, ACC
+                q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, SPLIT, ACC
             )
             if OUT:
                 inner = _inner_streamed(
                     grad_out, rows, g_row, g_col, rows < N, v, columns, v_row, v_col, columns < M,
-                    D, A, B, DOT, ACC,
+                    D, A, B, DOT, SPLIT, ACC,
                 )  # fmt: skip
         else:
-            s = _inner(queries, keys, FLIP, A, B, DOT, ACC)
+            s = _inner(queries, keys, FLIP, A, B, DOT, SPLIT, ACC)
             if OUT:
                 values = load_tile(v, columns, v_row, channel, v_col, ok_k)
-                inner = _inner(grad_rows, values, FLIP, A, B, DOT, ACC)
+                inner = _inner(grad_rows, values, FLIP, A, B, DOT, SPLIT, ACC)
         w, _, grad = _weights_and_gradient(
             s, inner, grad_map, map_row, map_col, row_lse, rows, columns, ok, first,
             factor, map_share, rescale, threshold, seed, M, MAP, DROPOUT, ACC,
         )  # fmt: skip
-        acc = matmul(w * (grad - correction[:, None]), keys, acc, DOT)
+        acc = matmul(w * (grad - correction[:, None]), keys, acc, DOT, SPLIT)
     at = (first + rows.to(tl.int64))[:, None] * D + channel[None, :]
     tl.store(grad_q + at, (acc * factor).to(grad_q.dtype.element_ty), mask=ok_q)
 
@@ -206,8 +208,9 @@ def _video_attention_bwd_dkv_kernel(
     N, M, tiles,
     KEYS: tl.constexpr, VALUES: tl.constexpr, OUT: tl.constexpr, MAP: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    FLIP: tl.constexpr = SPLIT
     WIDE: tl.constexpr = ACC == tl.float64 and WIDTH > 256
     head = tl.program_id(0) // tiles
     columns = (tl.program_id(0) % tiles) * B + tl.arange(0, B)
@@ -243,17 +246,17 @@ def _video_attention_bwd_dkv_kernel(
         inner = tl.zeros([A, B], ACC)
         if WIDE:
             s = _inner_streamed(
-                q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, ACC
+                q, rows, q_row, q_col, rows < N, k, columns, k_row, k_col, columns < M, D, A, B, DOT, SPLIT, ACC
             )
             if OUT:
                 inner = _inner_streamed(
                     grad_out, rows, g_row, g_col, rows < N, v, columns, v_row, v_col, columns < M,
-                    D, A, B, DOT, ACC,
+                    D, A, B, DOT, SPLIT, ACC,
                 )  # fmt: skip
         else:
-            s = _inner(queries, keys, False, A, B, DOT, ACC)
+            s = _inner(queries, keys, FLIP, A, B, DOT, SPLIT, ACC)
             if OUT:
-                inner = _inner(grad_rows, values, False, A, B, DOT, ACC)
+                inner = _inner(grad_rows, values, FLIP, A, B, DOT, SPLIT, ACC)
         w, used, grad = _weights_and_gradient(
             s, inner, grad_map, map_row, map_col, row_lse, rows, columns, ok, first,
             factor, map_share, rescale, threshold, seed, M, MAP, DROPOUT, ACC,
@@ -261,11 +264,11 @@ def _video_attention_bwd_dkv_kernel(
         if KEYS:
             if WIDE:
                 queries = load_tile(q, rows, q_row, channel, q_col, ok_q)
-            acc_k = matmul(tl.trans((w * (grad - correction[:, None])).to(DOT)), queries, acc_k, DOT)
+            acc_k = matmul(tl.trans((w * (grad - correction[:, None])).to(DOT)), queries, acc_k, DOT, SPLIT)
         if VALUES:
             if WIDE:
                 grad_rows = load_tile(grad_out, rows, g_row, channel, g_col, ok_q)
-            acc_v = matmul(tl.trans(used.to(DOT)), grad_rows, acc_v, DOT)
+            acc_v = matmul(tl.trans(used.to(DOT)), grad_rows, acc_v, DOT, SPLIT)
     at = (head.to(tl.int64) * M + columns.to(tl.int64)[:, None]) * D + channel[None, :]
     if KEYS:
         tl.store(grad_k + at, (acc_k * factor).to(grad_k.dtype.element_ty), mask=ok_k)
@@ -284,14 +287,14 @@ def forward(
     out = q.new_empty(batch, heads, n, d, dtype=_common.stored(q.dtype))
     lse = q.new_empty(batch, heads, n, dtype=_common.accumulator(q.dtype))
     width = _common.padded(d)
-    a, b, warps, stages = forward_tile(width, q.dtype)
+    a, b, warps, stages = forward_tile(width, q, dropout_p > 0)
     tiles = cdiv(n, a)
     launch(
         _video_attention_fwd_kernel, batch * heads * tiles, q, k, v, out, lse,
         *q.stride(), *k.stride(), *v.stride(), scale, 1.0 / (1.0 - dropout_p),
         _common.dropout_threshold(dropout_p), seed, n, bound(k.shape[2]), tiles,
         DROPOUT=dropout_p > 0, H=heads, D=d, WIDTH=width, A=a, B=b, DOT=_common.operand(q.dtype),
-        ACC=_common.TL_DTYPE[lse.dtype], num_warps=warps, num_stages=stages,
+        SPLIT=_common.split(q.dtype, width), ACC=_common.TL_DTYPE[lse.dtype], num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = out.to(q.dtype)
     if not with_map:
@@ -323,20 +326,22 @@ def gradients(
     scalars = (scale, 1.0 / heads, 1.0 / (1.0 - dropout_p), _common.dropout_threshold(dropout_p), seed)
     constants = {
         "OUT": with_out, "MAP": with_map, "DROPOUT": dropout_p > 0, "H": heads, "D": d, "WIDTH": width,
-        "DOT": _common.operand(q.dtype), "ACC": _common.TL_DTYPE[lse.dtype],
+        "DOT": _common.operand(q.dtype), "SPLIT": _common.split(q.dtype, width), "ACC": _common.TL_DTYPE[lse.dtype],
     }  # fmt: skip
     lse = lse.contiguous()
-    a, b, warps, stages = backward_queries_tile(width, q.dtype)
+    a, b, warps, stages = backward_queries_tile(width, q)
     launch(
         _video_attention_bwd_dq_kernel, batch * heads * cdiv(n, a),
         g, maps, q, k, values, result, lse, delta, grad_q,
         *shared, *result.stride(), *scalars, n, bound(m), cdiv(n, a),
         A=a, B=b, num_warps=warps, num_stages=stages, **constants,
     )  # fmt: skip
-    a, b, warps, stages = backward_keys_tile(width, q.dtype)
-    # Two accumulators of wide float64 rows do not fit the registers: one launch each.
+    a, b, warps, stages = backward_keys_tile(width, q)
+    # Two accumulators of wide float64 rows do not fit the registers, nor do two of 128 float32 rows whose operands
+    # come in two parts: one launch each.
     wide = q.dtype == torch.float64 and width > 256
-    parts = [(True, False), (False, True)] if wide and with_out else [(True, with_out)]
+    apart = with_out and (wide or (_common.split(q.dtype, width) and warp_groups(q)))
+    parts = [(True, False), (False, True)] if apart else [(True, with_out)]
     for keys_part, values_part in parts:
         launch(
             _video_attention_bwd_dkv_kernel, batch * heads * cdiv(m, b),

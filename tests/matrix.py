@@ -6,6 +6,8 @@ There are four ways to run ``tests/ops``, one process each because the switches 
 * ``TRITON_INTERPRET=1``: `triton`, interpreted, on CPU tensors;
 * ``VIDOPS_CUDA_SHIM=1``: `cuda`, its kernel sources compiled for the host (`cuda_shim`), on CPU tensors;
 * ``VIDOPS_TEST_DEVICE=cuda``: `reference`, `triton` and `cuda` on the card, `cpu` on CPU tensors.
+
+``VIDOPS_TEST_BACKENDS=cuda,reference`` leaves out the others.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ SHIM = os.environ.get("VIDOPS_CUDA_SHIM") == "1"
 DEVICE = os.environ.get("VIDOPS_TEST_DEVICE", "cpu")
 if DEVICE not in ("cpu", "cuda"):
     raise ValueError(f"VIDOPS_TEST_DEVICE: expected cpu or cuda, got {DEVICE!r}")
+ONLY = [name for name in os.environ.get("VIDOPS_TEST_BACKENDS", "").split(",") if name]
 if INTERPRETED + SHIM + (DEVICE == "cuda") > 1:
     raise ValueError("TRITON_INTERPRET=1, VIDOPS_CUDA_SHIM=1 and VIDOPS_TEST_DEVICE=cuda exclude each other")
 
@@ -47,6 +50,8 @@ def _backends() -> list[str]:
         return ["triton"]
     if SHIM:
         return ["cuda"]
+    if unknown := set(ONLY) - set(ALL_BACKENDS):
+        raise ValueError(f"VIDOPS_TEST_BACKENDS: unknown backend {', '.join(sorted(unknown))}")
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("VIDOPS_TEST_DEVICE=cuda, but torch finds no card")
 
@@ -54,7 +59,7 @@ def _backends() -> list[str]:
         probe = (torch.empty(1, device=device_for(backend)),)
         return any(op.refusal(backend, probe, needs_grad=False) is None for op in OPS.values())
 
-    return [backend for backend in ALL_BACKENDS if runs(backend)]
+    return [backend for backend in ALL_BACKENDS if runs(backend) and (not ONLY or backend in ONLY)]
 
 
 BACKENDS = _backends()

@@ -142,7 +142,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     code += "assert 'TRITON_INTERPRET' not in os.environ"
     steps = [
         _python("build", code), _python("smoke-triton", ""), _python("smoke-cuda", "raise SystemExit(1)"),
-        _python("contract", "", inspect=lambda: (CONTRACT, "")),
+        *(_python(f"contract-{b}", "", inspect=lambda b=b: (_contract(b), "")) for b in gpu_record.BACKENDS),
     ]  # fmt: skip
     monkeypatch.setattr(gpu_check, "plan", lambda work, quick, long: steps)
     stale = tmp_path / "build" / "gpu_check" / "bench.json"
@@ -245,24 +245,30 @@ def _summary(*steps, source="0123"):
     }
 
 
-CONTRACT = {
-    "passed": 3, "failed": 0, "skipped": {}, "failures": [],
-    "passed_on": {"triton": 2, "cuda": 1}, "failed_on": {"triton": 0, "cuda": 0},
-}  # fmt: skip
+def _contract(backend, failed=0):
+    return {
+        "passed": 3, "failed": failed, "skipped": {}, "failures": [],
+        "passed_on": {backend: 2}, "failed_on": {backend: failed},
+    }  # fmt: skip
+
+
+def _contracts():
+    return [_step(f"contract-{backend}", **_contract(backend)) for backend in gpu_record.BACKENDS]
 
 
 def test_record_names_the_backends_that_passed():
     smoke = _step("smoke-triton"), _step("smoke-cuda")
-    found = gpu_record.record(_summary(*smoke, _step("contract", **CONTRACT), _step("memcheck")), {})
+    found = gpu_record.record(_summary(*smoke, *_contracts(), _step("memcheck")), {})
     assert set(found) == {"triton", "cuda"}
     assert found["cuda"]["steps"] == ["smoke", "contract", "memcheck"]
     assert found["cuda"]["ops"] == ["segment_mean", "greedy_absorb"] and found["cuda"]["date"] == "2030-01-02"
 
-    broken = CONTRACT | {"failed": 1, "failed_on": {"triton": 0, "cuda": 1}}
-    found = gpu_record.record(_summary(*smoke, _step("contract", FAILED, "exit code 1", **broken)), {})
+    broken = _step("contract-cuda", FAILED, "exit code 1", **_contract("cuda", failed=1))
+    found = gpu_record.record(_summary(*smoke, _contracts()[0], broken), {})
     assert set(found) == {"triton"}
     old = {"cuda": {"commit": "earlier"}}
-    half = _step("smoke-triton", FAILED), _step("contract", TIMED_OUT, **CONTRACT), _step("smoke-cuda")
+    stopped = _step("contract-cuda", TIMED_OUT, **_contract("cuda"))
+    half = _step("smoke-triton", FAILED), _contracts()[0], stopped, _step("smoke-cuda")
     assert gpu_record.record(_summary(*half), old) == old
     assert gpu_record.record(_summary(*smoke), {}) == {}
 
@@ -291,18 +297,19 @@ def test_files_and_merging(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_record, "sources", lambda root: _summary()["sources"])
     monkeypatch.setenv("VIDOPS_COMMIT", "0a1b2c3d4e5f67")
     card = _summary()["machine"]
-    first = [_step("build"), _step("smoke-cuda"), _step("smoke-triton"), _step("contract", FAILED, "exit code 1")]
+    failed = [_step(f"contract-{b}", FAILED, "exit code 1") for b in gpu_record.BACKENDS]
+    first = [_step("build"), _step("smoke-cuda"), _step("smoke-triton"), *failed]
     files = gpu_record.write(tmp_path, gpu_record.collect(tmp_path, card, first))
     assert [f.name for f in files] == [
         "gpu_nvidia_x9000_pcie_0a1b2c3d4e5f.json", "gpu_nvidia_x9000_pcie_0a1b2c3d4e5f.txt", "_card_record.json",
     ]  # fmt: skip
     assert not files[2].exists()
-    again = gpu_record.collect(tmp_path, card, [_step("contract", **CONTRACT), _step("memcheck", NOT_RUN, "no tool")])
+    again = gpu_record.collect(tmp_path, card, [*_contracts(), _step("memcheck", NOT_RUN, "no tool")])
     gpu_record.write(tmp_path, again)
     kept = json.loads(files[0].read_text())
     assert [(s["name"], s["status"]) for s in kept["steps"]] == [
-        ("build", PASSED), ("smoke-cuda", PASSED), ("smoke-triton", PASSED), ("contract", PASSED),
-        ("memcheck", NOT_RUN),
+        ("build", PASSED), ("smoke-cuda", PASSED), ("smoke-triton", PASSED),
+        ("contract-triton", PASSED), ("contract-cuda", PASSED), ("memcheck", NOT_RUN),
     ]  # fmt: skip
     assert kept["flags"]["environment"]["VIDOPS_COMMIT"] and "torch" in kept["versions"]
     text = files[1].read_text()

@@ -31,10 +31,16 @@ def test_skips_do_not_count():
     assert _pytest(*selection, VIDOPS_TEST_REQUIRE="cpu").returncode != 0
 
 
+def test_chosen_backends():
+    done = _pytest("tests/ops/test_clustering.py", "--collect-only", VIDOPS_TEST_BACKENDS="cpu")
+    assert done.returncode == 0 and "[cpu" in done.stdout and "[reference" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "environment,message",
     [
         ({"VIDOPS_TEST_DEVICE": "gpu"}, "expected cpu or cuda"),
+        ({"VIDOPS_TEST_BACKENDS": "cpu,gpu"}, "unknown backend gpu"),
         ({"VIDOPS_TEST_DEVICE": "cuda", "TRITON_INTERPRET": "1"}, "exclude each other"),
         ({"VIDOPS_CUDA_SHIM": "1", "TRITON_INTERPRET": "1"}, "exclude each other"),
     ],

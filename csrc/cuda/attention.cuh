@@ -18,13 +18,15 @@ constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr int kRowTile = 128;     // padding of packed rows, and rows of every output tile
 constexpr int kColumnTile = 64;   // columns of a score tile that is multiplied by a third operand
+constexpr int kWarpTile = 32;     // rows and columns that a warp holds of such a tile
 constexpr int kBlockRows = 64;    // rows whose planes lie together
 constexpr int kMaxWidth = 64;     // channels per chunk
+constexpr int kDeltaKeys = 128;   // keys of a tile of the kernel that sums the map's share of delta
+constexpr int kDeltaHeads = 8;    // heads whose sums one of its blocks holds
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLowest = -3.0e38f;    // below every logit, and finite: differences of it are not NaN
 constexpr float kTinySum = 1.0e-30f;   // a sum of exponentials below this may have lost terms that flushed to zero
-constexpr float kWeightScale = 32768;  // weights in [0, 1] use float16's whole range
 
 struct PackedOperand {
   u16* data;
@@ -32,11 +34,26 @@ struct PackedOperand {
   int rows;    // padded
 };
 
+// Where the kernels that multiply weights keep their tiles in shared memory, in 16-bit words: two row tiles, then the
+// stages, each of which starts with a tile of columns. Operands that are the same share a place.
+struct WeightedLayout {
+  int row_value;     // second row tile
+  int stages;        // first stage
+  int column_value;  // within a stage: second tile of columns,
+  int value_sum;     // what weights are multiplied by,
+  int logit_sum;     // what the gradients of logits are multiplied by,
+  int map;           // the gradient of the map,
+  int statistics;    // log-sum-exp and delta of the columns
+  int stage_size;
+  int column_tiles;
+};
+
 // One struct for every attention kernel; each reads the part that concerns it.
 struct AttentionArgs {
   PackedOperand q, k, v, g;  // g: gradient of the output; v, g without data when there is no value product
   int heads, batch_heads, n, m, d;
   int width, chunks, stages;
+  int depth;  // channels of a chunk up to the last that holds data, rounded up to 16
   float scale, factor;  // factor = scale * log2(e)
   float* lse;           // (B,H,N)
   float* lse2;          // the same in units of log 2
@@ -46,11 +63,18 @@ struct AttentionArgs {
   float* p;      // (B,N,M)
   float* log_p;  // null when not wanted
   u32* tiny_tile;  // per tile of the map: sums of exponentials underflowed, or nearly so
-  void* out;     // (B,H,rows,D) in the dtype of the operands
+  int map_blocks;  // that share the tiles of the map, by products of warpgroups
+  float share;     // 1 / heads, there
+  void* out;     // (B,H,N,D) in the dtype of the operands, as are the gradients
+  void *grad_q, *grad_k, *grad_v;
   const float* grad_map;
   i64 map_batch, map_row;
-  float* delta;  // (B,H,N): sum of weight times its gradient
-  float* bound;  // (B,H,N): no logit's gradient, before `scale`, is larger
+  bool map_staged;   // its tiles go through shared memory; else they are read where they are needed
+  float* map_delta;  // [part of the keys][B,H,padded rows]: the map's share of delta
+  int map_parts, map_tiles_per_part;
+  float* row_lse2;   // (B,H,padded rows): log-sum-exp in units of log 2, infinite beyond the last row
+  float* delta;      // (B,H,padded rows): sum of weight times its gradient, times the number of heads
+  WeightedLayout at;
   bool dropout;
   u32 threshold;
   u64 seed;
@@ -58,8 +82,10 @@ struct AttentionArgs {
 };
 
 // --- operand kinds ------------------------------------------------------------------------------------------------
+// kNarrowRange: the operand type has float16's exponents, so that weights and gradients are scaled to fill them.
 struct SplitKind {  // float32
   static constexpr int kPlanes = 2;
+  static constexpr bool kNarrowRange = true;
   static VIDOPS_DEVICE void pack(u32 (&r)[2], float low, float high) {
     r[0] = pack_half(low, high);
     r[1] = pack_half(low - half_to_float((u16)r[0]), high - half_to_float((u16)(r[0] >> 16)));
@@ -69,21 +95,30 @@ struct SplitKind {  // float32
     mma_half(c, a[0], b[1]);
     mma_half(c, a[0], b[0]);
   }
+  static VIDOPS_DEVICE float load(const void* from, i64 at) { return static_cast<const float*>(from)[at]; }
   static VIDOPS_DEVICE void store(void* out, i64 at, float v) { static_cast<float*>(out)[at] = v; }
 };
 
 struct HalfKind {
   static constexpr int kPlanes = 1;
+  static constexpr bool kNarrowRange = true;
   static VIDOPS_DEVICE void pack(u32 (&r)[1], float low, float high) { r[0] = pack_half(low, high); }
   static VIDOPS_DEVICE void mma(float (&c)[4], const u32 (&a)[1][4], const u32 (&b)[1][2]) { mma_half(c, a[0], b[0]); }
+  static VIDOPS_DEVICE float load(const void* from, i64 at) {
+    return half_to_float(static_cast<const u16*>(from)[at]);
+  }
   static VIDOPS_DEVICE void store(void* out, i64 at, float v) { static_cast<u16*>(out)[at] = (u16)pack_half(v, 0); }
 };
 
 struct BfloatKind {
   static constexpr int kPlanes = 1;
+  static constexpr bool kNarrowRange = false;
   static VIDOPS_DEVICE void pack(u32 (&r)[1], float low, float high) { r[0] = pack_bfloat(low, high); }
   static VIDOPS_DEVICE void mma(float (&c)[4], const u32 (&a)[1][4], const u32 (&b)[1][2]) {
     mma_bfloat(c, a[0], b[0]);
+  }
+  static VIDOPS_DEVICE float load(const void* from, i64 at) {
+    return bfloat_to_float(static_cast<const u16*>(from)[at]);
   }
   static VIDOPS_DEVICE void store(void* out, i64 at, float v) { static_cast<u16*>(out)[at] = (u16)pack_bfloat(v, 0); }
 };
@@ -95,9 +130,14 @@ VIDOPS_DEVICE int range_shift(u32 largest) {
   return largest == 0 ? 0 : shift > 126 ? 126 : shift;
 }
 
-// What a packed value of this head must be multiplied by.
+// What a packed value of this head must be multiplied by; in two steps, for a load well ahead of its use.
+VIDOPS_DEVICE u32 operand_range(const PackedOperand& o, int head) { return o.range ? o.range[head] : 0; }
+VIDOPS_DEVICE float range_factor(const PackedOperand& o, u32 range) {
+  return o.range ? power_of_two(-range_shift(range)) : 1.0f;
+}
+
 VIDOPS_DEVICE float operand_factor(const PackedOperand& o, int head) {
-  return o.range ? power_of_two(-range_shift(o.range[head])) : 1.0f;
+  return range_factor(o, operand_range(o, head));
 }
 
 // Permutes the 16-byte groups of a row so that eight consecutive rows of one group lie in different banks.
@@ -127,10 +167,22 @@ VIDOPS_DEVICE void load_rows(u16* to, const PackedOperand& o, const AttentionArg
   }
 }
 
+// The same with sizes as constants: an instruction or two per copy. `row` counts through all heads and chunks.
+template <class Kind, int kWidth, int kRows, int kThreads = kAttentionThreads>
+VIDOPS_DEVICE void load_tile(u16* to, const PackedOperand& o, i64 row, int thread) {
+  constexpr int kSize = Kind::kPlanes * kRows * kWidth, kStep = kThreads * 8;
+  const u16* const from = o.data + row * (Kind::kPlanes * kWidth) + thread * 8;
+  to += thread * 8;
+  VIDOPS_UNROLL
+  for (int at = 0; at < kSize; at += kStep)
+    if (kSize % kStep == 0 || at + thread * 8 < kSize) copy_async(to + at, from + at, true);
+}
+
 // Runs use(item, chunk, stage) for every chunk of channels of every item, whose data load(item, chunk, stage) has
 // brought. With two stages the next copies run meanwhile, into the stage that everybody left before the barrier.
 template <class Load, class Use>
 VIDOPS_DEVICE void pipeline(int items, int chunks, int stages, Load load, Use use) {
+  if (items == 0) return;
   load(0, 0, 0);
   copy_commit();
   int stage = 0, chunk = 0;
@@ -157,39 +209,53 @@ VIDOPS_DEVICE void pipeline(int items, int chunks, int stages, Load load, Use us
 }
 
 // --- products -----------------------------------------------------------------------------------------------------
-// s (16 kM x 8 kN) += x[row...] y[column...]^T over one chunk; neither range crosses a block of rows.
-template <class Kind, int kM, int kN>
-VIDOPS_DEVICE void multiply_rows(float (&s)[kM][kN][4], const u16* x, int row, const u16* y, int column, int width) {
-  constexpr int kPlanes = Kind::kPlanes;
-  const int lane = lane_id(), plane = kBlockRows * width;
-  const int x_row = lane % 16, y_row = lane / 16 * 8 + lane % 8;
-  const int x_turn = swizzle(x_row, width), y_turn = swizzle(y_row, width);
+// Rows x[row...] as left operand of the 16 channels from `group` * 8; the rows do not cross a block.
+template <class Kind, int kM>
+VIDOPS_DEVICE void load_left(u32 (&left)[kM][Kind::kPlanes][4], const u16* x, int row, int group, int width,
+                             int lane) {
+  const int x_row = lane % 16;
   x += tile_size<Kind>(row / kBlockRows * kBlockRows, width) + (row % kBlockRows + x_row) * width;
+  x += ((group + lane / 16) ^ swizzle(x_row, width)) * 8;
+  VIDOPS_UNROLL
+  for (int i = 0; i < kM; ++i)
+    VIDOPS_UNROLL
+    for (int p = 0; p < Kind::kPlanes; ++p) load_matrix(left[i][p], x + (p * kBlockRows + i * 16) * width);
+}
+
+// s (16 kM x 8 kN) += left y[column...]^T over those channels.
+template <class Kind, int kM, int kN>
+VIDOPS_DEVICE void multiply_left(float (&s)[kM][kN][4], const u32 (&left)[kM][Kind::kPlanes][4], const u16* y,
+                                 int column, int group, int width, int lane) {
+  const int y_row = lane / 16 * 8 + lane % 8;
   y += tile_size<Kind>(column / kBlockRows * kBlockRows, width) + (column % kBlockRows + y_row) * width;
-  VIDOPS_NO_UNROLL
-  for (int group = 0; group < width / 8; group += 2) {
-    const u16* x_at = x + ((group + lane / 16) ^ x_turn) * 8;
-    const u16* y_at = y + ((group + lane / 8 % 2) ^ y_turn) * 8;
-    u32 left[kM][kPlanes][4];
+  y += ((group + lane / 8 % 2) ^ swizzle(y_row, width)) * 8;
+  VIDOPS_UNROLL
+  for (int j = 0; j < kN; j += 2) {
+    u32 right[2][Kind::kPlanes][2];
     VIDOPS_UNROLL
-    for (int i = 0; i < kM; ++i)
-      VIDOPS_UNROLL
-      for (int p = 0; p < kPlanes; ++p) load_matrix(left[i][p], x_at + p * plane + i * 16 * width);
-    VIDOPS_UNROLL
-    for (int j = 0; j < kN; j += 2) {
-      u32 right[2][kPlanes][2];
-      VIDOPS_UNROLL
-      for (int p = 0; p < kPlanes; ++p) {
-        u32 r[4];
-        load_matrix(r, y_at + p * plane + j * 8 * width);
-        right[0][p][0] = r[0], right[0][p][1] = r[1], right[1][p][0] = r[2], right[1][p][1] = r[3];
-      }
-      VIDOPS_UNROLL
-      for (int i = 0; i < kM; ++i) {
-        Kind::mma(s[i][j], left[i], right[0]);
-        Kind::mma(s[i][j + 1], left[i], right[1]);
-      }
+    for (int p = 0; p < Kind::kPlanes; ++p) {
+      u32 r[4];
+      load_matrix(r, y + (p * kBlockRows + j * 8) * width);
+      right[0][p][0] = r[0], right[0][p][1] = r[1], right[1][p][0] = r[2], right[1][p][1] = r[3];
     }
+    VIDOPS_UNROLL
+    for (int i = 0; i < kM; ++i) {
+      Kind::mma(s[i][j], left[i], right[0]);
+      Kind::mma(s[i][j + 1], left[i], right[1]);
+    }
+  }
+}
+
+// s (16 kM x 8 kN) += x[row...] y[column...]^T over one chunk; neither range crosses a block of rows. `kUnroll` steps of
+// 16 channels overlap their loads and products, where registers allow it; channels from `depth` on are zero.
+template <class Kind, int kUnroll = 1, int kM, int kN>
+VIDOPS_DEVICE void multiply_rows(float (&s)[kM][kN][4], const u16* x, int row, const u16* y, int column, int width,
+                                 int lane = lane_id(), int depth = kMaxWidth) {
+  VIDOPS_UNROLL_BY(kUnroll)
+  for (int group = 0; group < width / 8 && group < depth / 8; group += 2) {
+    u32 left[kM][Kind::kPlanes][4];
+    load_left<Kind>(left, x, row, group, width, lane);
+    multiply_left<Kind>(s, left, y, column, group, width, lane);
   }
 }
 
@@ -203,31 +269,34 @@ VIDOPS_DEVICE void clear(float (&s)[kM][kN][4]) {
       for (int e = 0; e < 4; ++e) s[i][j][e] = 0;
 }
 
-// o (16 x width) += w (16 x kColumnTile) z; the accumulator layout of w is that of a left operand. Tensor cores round
-// sums towards zero, which would add up over thousands of rows of z: each tile is summed by itself, then added.
-template <class Kind>
-VIDOPS_DEVICE void multiply_weights(float (&o)[kMaxWidth / 8][4], const float (&w)[kColumnTile / 8][4], const u16* z,
-                                    int width) {
-  constexpr int kPlanes = Kind::kPlanes, kSteps = kColumnTile / 16;
-  const int lane = lane_id(), plane = kBlockRows * width;
+// o (16 kM x width) += w (16 kM x 8 kN) z times `down` of the row, z's rows within a block; the accumulator layout of w
+// is that of a left operand. Tensor cores round sums towards zero, which adds up over thousands of rows of z: where
+// float32 or float16 is wanted, each tile is summed by itself, then added. Without, `down` must be one.
+template <class Kind, int kM, int kN>
+VIDOPS_DEVICE void multiply_weights(float (&o)[kM][kMaxWidth / 8][4], const float (&w)[kM][kN][4],
+                                    const float (&down)[2 * kM], const u16* z, int width) {
+  constexpr int kPlanes = Kind::kPlanes, kSteps = kN / 2;
+  const int lane = opaque(lane_id()), plane = kBlockRows * width;
   const int turn = swizzle(lane % 16, width);
   z += lane % 16 * width;
-  u32 left[kSteps][kPlanes][4];
+  u32 left[kSteps][kM][kPlanes][4];
   VIDOPS_UNROLL
   for (int k = 0; k < kSteps; ++k)
     VIDOPS_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      const float(&pair)[4] = w[2 * k + part / 2];
-      u32 r[kPlanes];
-      Kind::pack(r, pair[part % 2 * 2], pair[part % 2 * 2 + 1]);
+    for (int i = 0; i < kM; ++i)
       VIDOPS_UNROLL
-      for (int p = 0; p < kPlanes; ++p) left[k][p][part] = r[p];
-    }
+      for (int part = 0; part < 4; ++part) {
+        const float(&pair)[4] = w[i][2 * k + part / 2];
+        u32 r[kPlanes];
+        Kind::pack(r, pair[part % 2 * 2], pair[part % 2 * 2 + 1]);
+        VIDOPS_UNROLL
+        for (int p = 0; p < kPlanes; ++p) left[k][i][p][part] = r[p];
+      }
   VIDOPS_UNROLL
   for (int j = 0; j < kMaxWidth / 8; j += 2) {
     if (j * 8 >= width) continue;
-    float sum[1][2][4];
-    clear(sum);
+    float sum[kM][2][4];
+    if constexpr (Kind::kNarrowRange) clear(sum);
     VIDOPS_UNROLL
     for (int k = 0; k < kSteps; ++k) {
       u32 right[2][kPlanes][2];
@@ -237,13 +306,18 @@ VIDOPS_DEVICE void multiply_weights(float (&o)[kMaxWidth / 8][4], const float (&
         load_matrix_transposed(r, z + p * plane + k * 16 * width + ((j + lane / 16) ^ turn) * 8);
         right[0][p][0] = r[0], right[0][p][1] = r[1], right[1][p][0] = r[2], right[1][p][1] = r[3];
       }
-      Kind::mma(sum[0][0], left[k], right[0]);
-      Kind::mma(sum[0][1], left[k], right[1]);
+      VIDOPS_UNROLL
+      for (int i = 0; i < kM; ++i)
+        VIDOPS_UNROLL
+        for (int c = 0; c < 2; ++c) Kind::mma(Kind::kNarrowRange ? sum[i][c] : o[i][j + c], left[k][i], right[c]);
     }
-    VIDOPS_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      o[j][e] += sum[0][0][e];
-      o[j + 1][e] += sum[0][1][e];
+    if constexpr (Kind::kNarrowRange) {
+      VIDOPS_UNROLL
+      for (int i = 0; i < kM; ++i)
+        VIDOPS_UNROLL
+        for (int c = 0; c < 2; ++c)
+          VIDOPS_UNROLL
+          for (int e = 0; e < 4; ++e) o[i][j + c][e] += sum[i][c][e] * down[i * 2 + e / 2];
     }
   }
 }

@@ -1,6 +1,6 @@
 // Head-averaged softmax map (Eq. E1, Ding et al., ECCV 2024): packing of the operands, log-sum-exp of every head's
 // row, then the map one tile at a time with the heads innermost, so that no per-head map exists.
-#include "attention.cuh"
+#include "attention_groups.cuh"
 
 namespace vidops::cuda {
 
@@ -10,6 +10,12 @@ constexpr int kCombineThreads = 256;
 constexpr int kLseKeys = 128;
 constexpr int kMapKeys = 128;
 constexpr int kMapThreads = 512;
+// The forms by products of warpgroups. A limit below the threads they need marks kernels without such products.
+constexpr int kLseGroups = 4, kWideLseGroups = 2, kMapGroups = 2;
+constexpr int kMapParts = 2;  // a warpgroup has kBlockRows rows by kMapParts * kGroupKeys keys of the map
+constexpr int kLseGroupLimit = kGroupProducts ? kLseGroups * kGroupThreads : kWarp;
+constexpr int kWideLseGroupLimit = kGroupProducts ? kWideLseGroups * kGroupThreads : kWarp;
+constexpr int kMapGroupLimit = kGroupProducts ? kMapGroups * kGroupThreads : kWarp;
 constexpr int kMaxSources = 4;
 
 struct AttentionSource {
@@ -130,6 +136,30 @@ VIDOPS_DEVICE void merge_sums(float& top, float& sum, float other_top, float oth
   top = higher;
 }
 
+// The sum of block_y's range of keys for row `at` of (B,H,N).
+VIDOPS_DEVICE void store_sum(const AttentionArgs& a, i64 at, float top, float sum) {
+  if (a.splits > 1) {
+    a.part_top[(i64)block_y() * a.batch_heads * a.n + at] = top;
+    a.part_sum[(i64)block_y() * a.batch_heads * a.n + at] = sum;
+  } else {
+    store_lse(a, at, top, sum);
+  }
+}
+
+// Merges the sums of four neighbouring lanes, the same way in each: the lower lane's value comes first.
+VIDOPS_DEVICE void merge_lanes(float& top, float& sum) {
+  VIDOPS_UNROLL
+  for (int mask = 1; mask <= 2; mask <<= 1) {
+    float other_top = shuffle_xor(top, mask), other_sum = shuffle_xor(sum, mask);
+    if (lane_id() & mask) {
+      merge_sums(other_top, other_sum, top, sum);
+      top = other_top, sum = other_sum;
+    } else {
+      merge_sums(top, sum, other_top, other_sum);
+    }
+  }
+}
+
 // One block per kRowTile query rows, head and range of key tiles; warps hold 32 rows by 64 keys of the scores. Every
 // thread keeps the running maximum and sum of the columns it sees, in units of log 2; threads are merged at the end.
 // NaN does not enter the maximum but does enter the sum.
@@ -162,7 +192,7 @@ VIDOPS_DEVICE void attention_lse(const AttentionArgs& a) {
         const int first = (from + tile) * kLseKeys + column;
         if (base + row >= a.n || first >= a.m) return;
         if (chunk == 0) clear(s);
-        multiply_rows<Kind>(s, x, row, y + stage * y_size, column, a.width);
+        multiply_rows<Kind>(s, x, row, y + stage * y_size, column, a.width, lane, a.depth);
         if (chunk + 1 < a.chunks) return;
         // A positive factor can wait until after the maximum, and then costs no instruction of its own.
         float late = factor;
@@ -197,18 +227,7 @@ VIDOPS_DEVICE void attention_lse(const AttentionArgs& a) {
   float* const shared_sum = shared_top + 2 * kRowTile;
   VIDOPS_UNROLL
   for (int r = 0; r < 4; ++r) {
-    VIDOPS_UNROLL
-    for (int mask = 1; mask <= 2; mask <<= 1) {
-      const float other_top = shuffle_xor(top[r], mask), other_sum = shuffle_xor(sum[r], mask);
-      // Both sides must form the same result: the lower lane's value comes first.
-      if (lane & mask) {
-        float t = other_top, u = other_sum;
-        merge_sums(t, u, top[r], sum[r]);
-        top[r] = t, sum[r] = u;
-      } else {
-        merge_sums(top[r], sum[r], other_top, other_sum);
-      }
-    }
+    merge_lanes(top[r], sum[r]);
     if (lane % 4 == 0) {
       const int at = column / 64 * kRowTile + row + r / 2 * 16 + r % 2 * 8 + lane / 4;
       shared_top[at] = top[r];
@@ -220,18 +239,106 @@ VIDOPS_DEVICE void attention_lse(const AttentionArgs& a) {
   if (me >= kRowTile || base + me >= a.n) return;
   float row_top = shared_top[me], row_sum = shared_sum[me];
   merge_sums(row_top, row_sum, shared_top[kRowTile + me], shared_sum[kRowTile + me]);
-  const i64 at = (i64)head * a.n + base + me;
-  if (a.splits > 1) {
-    a.part_top[(i64)block_y() * a.batch_heads * a.n + at] = row_top;
-    a.part_sum[(i64)block_y() * a.batch_heads * a.n + at] = row_sum;
-  } else {
-    store_lse(a, at, row_top, row_sum);
-  }
+  store_sum(a, (i64)head * a.n + base + me, row_top, row_sum);
 }
 
 VIDOPS_KERNEL(kAttentionThreads, 2) attention_lse_f32(AttentionArgs a) { attention_lse<SplitKind>(a); }
 VIDOPS_KERNEL(kAttentionThreads) attention_lse_f16(AttentionArgs a) { attention_lse<HalfKind>(a); }
 VIDOPS_KERNEL(kAttentionThreads) attention_lse_bf16(AttentionArgs a) { attention_lse<BfloatKind>(a); }
+
+// The same by products of warpgroups, one per kBlockRows query rows. The queries of a head of one chunk stay in shared
+// memory; those of a wider one come with every tile of keys.
+template <class Kind, bool kWide>
+VIDOPS_DEVICE void attention_lse_groups(const AttentionArgs& a) {
+  VIDOPS_SHARED(memory);
+  constexpr int kGroups = kWide ? kWideLseGroups : kLseGroups, kThreads = kGroups * kGroupThreads;
+  constexpr int kRows = kGroups * kBlockRows, kAhead = kWide ? 1 : 2, kStages = kAhead + 2;
+  constexpr int kX = Kind::kPlanes * kRows * kMaxWidth, kY = Kind::kPlanes * kGroupKeys * kMaxWidth;
+  const int tiles = (a.q.rows + kRows - 1) / kRows;
+  const int head = (int)(block_x() / (u32)tiles);
+  const int base = (int)(block_x() % (u32)tiles) * kRows;
+  const int key_tiles = (a.m + kGroupKeys - 1) / kGroupKeys;
+  const int from = (int)block_y() * a.tiles_per_split;
+  const int until = from + a.tiles_per_split < key_tiles ? from + a.tiles_per_split : key_tiles;
+  const int chunks = kWide ? a.chunks : 1, group = warp_id() / 4;
+  const int rows = a.q.rows - base < kRows ? a.q.rows - base : kRows;
+  const bool active = base + group * kBlockRows < a.n;
+  const float factor = a.factor * operand_factor(a.q, head) * operand_factor(a.k, head);
+
+  u16* const x = reinterpret_cast<u16*>(memory);  // one for all stages, or one for each
+  u16* const y = x + (kWide ? kStages : 1) * kX;
+  const u16* const my_x = x + tile_size<Kind>(group * kBlockRows, kMaxWidth);
+
+  float top[2] = {kLowest, kLowest}, sum[2] = {};
+  GroupScores s;
+  int load_tile = from, load_chunk = 0, load_stage = 0;
+  int tile = from, chunk = 0, stage = 0, first = 0;
+  bool whole = false;
+  staggered<kAhead>(
+      (until - from) * chunks, group >= kGroups / 2,
+      [&] {
+        if (load_tile == until) return;
+        if (kWide || load_tile == from)
+          load_rows<Kind, kThreads>(x + (kWide ? load_stage * kX : 0), a.q, a, head, load_chunk, base, rows);
+        load_keys<Kind, kThreads>(y + load_stage * kY, a.k, a, head, load_chunk, load_tile * kGroupKeys);
+        load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+        if (++load_chunk == chunks) load_chunk = 0, ++load_tile;
+      },
+      [&] {
+        if (active) start_scores<Kind>(s, my_x + (kWide ? stage * kX : 0), y + stage * kY, a.depth, chunk > 0);
+      },
+      [&] {
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        whole = ++chunk == chunks;
+        first = tile * kGroupKeys;
+        if (whole) chunk = 0, ++tile;
+      },
+      [&] {
+        if (!whole || !active) return;
+        group_settle(s);
+        // A positive factor can wait until after the maximum, and then costs no instruction of its own.
+        float late = factor;
+        if (factor <= 0 || first + kGroupKeys > a.m) {
+          late = 1;
+          for_scores(s, [&](float& value, int strip, int e) {
+            value = first + group_key(strip, e) < a.m ? value * factor : -VIDOPS_INFINITY;
+          });
+        }
+        VIDOPS_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          float highest = -VIDOPS_INFINITY, part[2] = {};
+          VIDOPS_UNROLL
+          for (int j = 0; j < kGroupKeys / 8; ++j)
+            highest = larger_number(highest, larger_number(s[j][r * 2], s[j][r * 2 + 1]));
+          highest = larger_number(top[r], highest * late);
+          VIDOPS_UNROLL
+          for (int j = 0; j < kGroupKeys / 8; ++j)
+            VIDOPS_UNROLL
+            for (int e = 0; e < 2; ++e) part[e] += exp2_flush(s[j][r * 2 + e] * late - highest);
+          sum[r] = sum[r] * exp2_flush(top[r] - highest) + (part[0] + part[1]);
+          top[r] = highest;
+        }
+      });
+
+  VIDOPS_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    merge_lanes(top[r], sum[r]);
+    const int row = base + warp_id() * 16 + r * 8 + lane_id() / 4;
+    if (lane_id() % 4 == 0 && row < a.n) store_sum(a, (i64)head * a.n + row, top[r], sum[r]);
+  }
+}
+
+template <class Kind, bool kWide>
+VIDOPS_DEVICE void lse_by_groups(const AttentionArgs& a) {
+  if constexpr (kGroupProducts) attention_lse_groups<Kind, kWide>(a);
+}
+
+VIDOPS_KERNEL(kLseGroupLimit) attention_lse_groups_f32(AttentionArgs a) { lse_by_groups<SplitKind, false>(a); }
+VIDOPS_KERNEL(kLseGroupLimit) attention_lse_groups_f16(AttentionArgs a) { lse_by_groups<HalfKind, false>(a); }
+VIDOPS_KERNEL(kLseGroupLimit) attention_lse_groups_bf16(AttentionArgs a) { lse_by_groups<BfloatKind, false>(a); }
+VIDOPS_KERNEL(kWideLseGroupLimit) attention_lse_wide_f32(AttentionArgs a) { lse_by_groups<SplitKind, true>(a); }
+VIDOPS_KERNEL(kWideLseGroupLimit) attention_lse_wide_f16(AttentionArgs a) { lse_by_groups<HalfKind, true>(a); }
+VIDOPS_KERNEL(kWideLseGroupLimit) attention_lse_wide_bf16(AttentionArgs a) { lse_by_groups<BfloatKind, true>(a); }
 
 // Merges the key ranges of a row, in order.
 VIDOPS_KERNEL(kCombineThreads) attention_lse_combine(AttentionArgs a) {
@@ -311,7 +418,7 @@ struct MapTile {
           }
           const u16* const from = data + stage * stage_size;
           if (chunk == 0) clear(s);
-          multiply_rows<Kind>(s, from, row, from + x_size, column, a.width);
+          multiply_rows<Kind>(s, from, row, from + x_size, column, a.width, lane_id(), a.depth);
           if (chunk + 1 < a.chunks) return;
           VIDOPS_UNROLL
           for (int i = 0; i < kM; ++i)
@@ -374,6 +481,214 @@ VIDOPS_DEVICE void attention_map(const AttentionArgs& a) {
   if (thread_x() == 0) a.tiny_tile[block_x()] = *flag;
 }
 
+struct alignas(16) FourFloats {
+  float value[4];
+};
+
+// Four neighbours of a row of `columns` elements, `left` of which remain.
+VIDOPS_DEVICE void store_four(float* to, int columns, int left, const FourFloats& four) {
+  if (columns % 4 == 0) {
+    if (left > 0) *reinterpret_cast<FourFloats*>(to) = four;
+  } else {
+    VIDOPS_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e < left) to[e] = four.value[e];
+  }
+}
+
+VIDOPS_DEVICE FourFloats load_four(const float* from, int columns, int left) {
+  FourFloats four{{1, 1, 1, 1}};
+  if (columns % 4 == 0) {
+    if (left > 0) four = *reinterpret_cast<const FourFloats*>(from);
+  } else {
+    VIDOPS_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e < left) four.value[e] = from[e];
+  }
+  return four;
+}
+
+// Where a block of the map's kernel by warpgroups is: it works through tiles of kRowTile rows by kMapParts *
+// kGroupKeys keys, every a.map_blocks-th of them, and in each through heads, parts of the keys and chunks.
+template <bool kWide>
+struct MapStep {
+  const AttentionArgs& a;
+  u32 tile;
+  int batch, base_n, base_m;       // base_m: of the part
+  int h = 0, part = 0, chunk = 0;  // chunk stays 0 unless heads are wide
+
+  VIDOPS_DEVICE MapStep(const AttentionArgs& args, u32 first) : a(args), tile(first) { place(); }
+
+  VIDOPS_DEVICE u32 tiles_n() const { return (u32)a.q.rows / kRowTile; }
+  VIDOPS_DEVICE u32 tiles_m() const {
+    constexpr int kTileKeys = kMapParts * kGroupKeys;
+    return (u32)(a.m + kTileKeys - 1) / kTileKeys;
+  }
+  VIDOPS_DEVICE u32 tiles() const { return tiles_n() * tiles_m() * (u32)(a.batch_heads / a.heads); }
+  VIDOPS_DEVICE int head() const { return batch * a.heads + h; }
+  VIDOPS_DEVICE bool has_keys() const { return base_m < a.m; }
+  VIDOPS_DEVICE bool last_chunk() const { return !kWide || chunk + 1 == a.chunks; }
+  VIDOPS_DEVICE bool last_head() const { return h + 1 == a.heads; }
+
+  // Neighbouring blocks share the keys of a tile.
+  VIDOPS_DEVICE void place() {
+    base_n = (int)(tile % tiles_n()) * kRowTile;
+    base_m = (int)(tile / tiles_n() % tiles_m()) * (kMapParts * kGroupKeys);
+    batch = (int)(tile / tiles_n() / tiles_m());
+  }
+
+  VIDOPS_DEVICE void next() {
+    if (!last_chunk()) {
+      ++chunk;
+      return;
+    }
+    chunk = 0;
+    base_m += kGroupKeys;
+    if (++part < kMapParts) return;
+    part = 0;
+    base_m -= kMapParts * kGroupKeys;
+    if (++h < a.heads) return;
+    h = 0;
+    tile += (u32)a.map_blocks;
+    place();
+  }
+};
+
+// Ends a part of a tile: this thread's elements of the map, from the heads' sums, which it clears, and those of the
+// logarithm. For these the thread reads back what it wrote: the registers are full of the sums of the whole tile.
+VIDOPS_DEVICE void store_part(const AttentionArgs& a, u32 map_tile, int part, int my_row, GroupScores& sum) {
+  constexpr int kFours = kGroupKeys / 16, kBatch = 4;
+  const MapStep<false> step(a, map_tile);
+  const int base_m = step.base_m + part * kGroupKeys;
+  const int i = step.base_n + my_row, first = base_m + group_key(0, 0);
+  const i64 at = ((i64)step.batch * a.n + i) * a.m + first;
+  VIDOPS_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int left = i + r * 8 < a.n ? a.m - first : 0;
+    VIDOPS_UNROLL
+    for (int f = 0; f < kFours; ++f) {
+      FourFloats four;
+      VIDOPS_UNROLL
+      for (int e = 0; e < 4; ++e) four.value[e] = sum[f * 2 + e / 2][r * 2 + e % 2] * a.share;
+      store_four(a.p + at + (i64)r * 8 * a.m + f * 16, a.m, left - f * 16, four);
+    }
+  }
+  for_scores(sum, [](float& value, int, int) { value = 0; });
+  if (!a.log_p) return;
+
+  bool tiny = false;
+  VIDOPS_NO_UNROLL
+  for (int batch = 0; batch < 2 * kFours; batch += kBatch) {
+    const int r = batch / kFours, offset = batch % kFours * 16;
+    const i64 from = at + (i64)r * 8 * a.m + offset;
+    const int left = i + r * 8 < a.n ? a.m - first - offset : 0;
+    FourFloats four[kBatch];
+    VIDOPS_UNROLL
+    for (int f = 0; f < kBatch; ++f) four[f] = load_four(a.p + from + f * 16, a.m, left - f * 16);
+    VIDOPS_UNROLL
+    for (int f = 0; f < kBatch; ++f) {
+      VIDOPS_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        tiny |= four[f].value[e] < kTinySum * a.share;
+        four[f].value[e] = log_natural(four[f].value[e]);
+      }
+      store_four(a.log_p + from + f * 16, a.m, left - f * 16, four[f]);
+    }
+  }
+  const u32 tiles_m = (u32)(a.m + kMapKeys - 1) / kMapKeys;
+  const u32 tile = ((u32)step.batch * tiles_m + base_m / kMapKeys) * step.tiles_n() + step.base_n / kRowTile;
+  if (tiny) atomic_or_global(a.tiny_tile + tile, 1);
+}
+
+VIDOPS_DEVICE void add_weights(GroupScores& sum, const GroupScores& s, float factor, const float (&lse2)[2]) {
+  for_scores(sum, [&](float& value, int strip, int e) { value += exp2_flush(s[strip][e] * factor - lse2[e / 2]); });
+}
+
+// The map by products of warpgroups. The blocks stay, so that the operands of a tile come while the last is stored.
+// Queries of one chunk serve kMapParts steps.
+template <class Kind, bool kWide>
+VIDOPS_DEVICE void attention_map_groups(const AttentionArgs& a) {
+  VIDOPS_SHARED(memory);
+  constexpr int kThreads = kMapGroups * kGroupThreads, kAhead = kWide ? 1 : 2, kStages = kAhead + 2, kStagesX = 3;
+  constexpr int kX = Kind::kPlanes * kRowTile * kMaxWidth, kY = Kind::kPlanes * kGroupKeys * kMaxWidth;
+  static_assert(kRowTile == kMapGroups * kBlockRows, "a warpgroup has one block of rows");
+  u16* const x = reinterpret_cast<u16*>(memory);
+  u16* const y = x + kStagesX * kX;
+  const int group = warp_id() / 4, my_row = warp_id() * 16 + lane_id() / 4;
+
+  MapStep<kWide> loading(a, block_x()), use(a, block_x());
+  int load_x = 0, load_y = 0, use_x = 0, use_y = 0;
+  const auto turn = [](int& stage_x, int& stage_y, const MapStep<kWide>& step) {
+    stage_y = stage_y + 1 == kStages ? 0 : stage_y + 1;
+    if (kWide || step.part + 1 == kMapParts) stage_x = stage_x + 1 == kStagesX ? 0 : stage_x + 1;
+  };
+
+  float sum[kMapParts][kGroupKeys / 8][4];
+  clear(sum);
+  GroupScores s;
+  float factor, lse2[2];
+  u32 ranges[2] = {};
+
+  // What finish() needs to know of its step, when `use` is one ahead, and start() of the next.
+  u32 now_tile;
+  int now_part;
+  bool now_whole, now_last;
+  bool active, new_head;
+  const u16 *my_x, *my_y;
+  i64 lse2_at;
+  const auto aim = [&] {
+    const int i = use.base_n + my_row;
+    active = use.has_keys() && use.base_n + group * kBlockRows < a.n;
+    new_head = active && use.part == 0 && use.chunk == 0;
+    my_x = x + use_x * kX + tile_size<Kind>(group * kBlockRows, kMaxWidth);
+    my_y = y + use_y * kY;
+    lse2_at = (i64)use.head() * a.n + (i < a.n ? i : a.n - 1);
+  };
+  aim();
+
+  const u32 tiles = use.tiles(), my_tiles = (tiles - block_x() + (u32)a.map_blocks - 1) / (u32)a.map_blocks;
+  staggered<kAhead>(
+      (int)my_tiles * a.heads * kMapParts * a.chunks, group >= kMapGroups / 2,
+      [&] {
+        if (loading.tile >= tiles) return;
+        const int head = loading.head(), chunk = loading.chunk;
+        if (kWide || loading.part == 0)
+          load_rows<Kind, kThreads>(x + load_x * kX, a.q, a, head, chunk, loading.base_n, kRowTile);
+        if (loading.has_keys()) load_keys<Kind, kThreads>(y + load_y * kY, a.k, a, head, chunk, loading.base_m);
+        turn(load_x, load_y, loading);
+        loading.next();
+      },
+      [&] {
+        if (!active) return;
+        if (new_head) {  // read before the products and used after them
+          const int below = use.base_n + my_row + 8 < a.n ? 8 : 0;
+          lse2[0] = a.lse2[lse2_at], lse2[1] = a.lse2[lse2_at + below];
+          ranges[0] = operand_range(a.q, use.head()), ranges[1] = operand_range(a.k, use.head());
+        }
+        start_scores<Kind>(s, my_x, my_y, a.depth, use.chunk > 0);
+      },
+      [&] {
+        factor = a.factor * range_factor(a.q, ranges[0]) * range_factor(a.k, ranges[1]);
+        now_tile = use.tile, now_part = use.part;
+        now_whole = active && use.last_chunk(), now_last = use.last_head();
+        turn(use_x, use_y, use);
+        use.next();
+        aim();
+      },
+      [&] {
+        if (!now_whole) return;
+        group_settle(s);
+        // Not by index: what is indexed at run time does not live in registers.
+        if (now_part == 0) {
+          add_weights(sum[0], s, factor, lse2);
+          if (now_last) store_part(a, now_tile, 0, my_row, sum[0]);
+        } else {
+          add_weights(sum[1], s, factor, lse2);
+          if (now_last) store_part(a, now_tile, 1, my_row, sum[1]);
+        }
+      });
+}
+
 // A sum of exponentials that came out tiny may have lost terms. Tiles that hold such sums are gone through once more,
 // for those elements, as (largest term, sum relative to it): log P is finite wherever the logits are.
 template <class Kind>
@@ -417,5 +732,17 @@ VIDOPS_KERNEL(kMapThreads) attention_map_dropout_bf16(AttentionArgs a) { attenti
 VIDOPS_KERNEL(kMapThreads) attention_tiny_f32(AttentionArgs a) { attention_tiny<SplitKind>(a); }
 VIDOPS_KERNEL(kMapThreads) attention_tiny_f16(AttentionArgs a) { attention_tiny<HalfKind>(a); }
 VIDOPS_KERNEL(kMapThreads) attention_tiny_bf16(AttentionArgs a) { attention_tiny<BfloatKind>(a); }
+
+template <class Kind, bool kWide>
+VIDOPS_DEVICE void map_by_groups(const AttentionArgs& a) {
+  if constexpr (kGroupProducts) attention_map_groups<Kind, kWide>(a);
+}
+
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_groups_f32(AttentionArgs a) { map_by_groups<SplitKind, false>(a); }
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_groups_f16(AttentionArgs a) { map_by_groups<HalfKind, false>(a); }
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_groups_bf16(AttentionArgs a) { map_by_groups<BfloatKind, false>(a); }
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_wide_f32(AttentionArgs a) { map_by_groups<SplitKind, true>(a); }
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_wide_f16(AttentionArgs a) { map_by_groups<HalfKind, true>(a); }
+VIDOPS_KERNEL(kMapGroupLimit) attention_map_wide_bf16(AttentionArgs a) { map_by_groups<BfloatKind, true>(a); }
 
 }  // namespace vidops::cuda

@@ -9,24 +9,81 @@ namespace vidops {
 namespace cuda {
 namespace {
 
-constexpr size_t kAttentionSpare = 128;  // for the flag of the map's kernel
-constexpr int64_t kEnoughBlocks = 264;  // two per multiprocessor of the largest card; the keys are split below that
+constexpr int64_t kTypicalBlocks = 132;  // that run at once, one per multiprocessor of the largest card
+constexpr int64_t kStartTiles = 2;       // tiles of keys that pass in the time it takes to start a block
+constexpr int64_t kDeltaBlocks = 528;   // four, so that the last ones to run cost little
 
 int64_t map_tiles(const AttentionArgs& args) {
   return int64_t{args.q.rows / kRowTile} * ceil_div(args.m, kMapKeys) * (args.batch_heads / args.heads);
 }
 
+// Into how many ranges of tiles the keys are cut, so that `blocks` times as many fill whole rounds of the card.
+int64_t key_splits(int64_t blocks, int64_t key_tiles) {
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= std::min(key_tiles, kTypicalBlocks); ++splits) {
+    const int64_t time = ceil_div(blocks * splits, kTypicalBlocks) * (ceil_div(key_tiles, splits) + kStartTiles);
+    if (splits == 1 || time < least) best = splits, least = time;
+  }
+  return best;
+}
+
+// Shared memory of a kernel that multiplies by warpgroups.
+size_t group_shared(DType dtype, size_t rows) {
+  return sizeof(u16) * (dtype == DType::f32 ? SplitKind::kPlanes : 1) * kMaxWidth * rows;
+}
+
+// Whether the current device has code with products of warpgroups, and room for it.
+template <class Kernel>
+bool use_groups(const char* op, const AttentionArgs& args, Kernel kernel, int threads, size_t shared) {
+  return args.width == kMaxWidth && shared <= shared_limit(op) && threads <= thread_limit(op, kernel);
+}
+
+bool launch_lse_groups(const char* op, const AttentionArgs& args, DType dtype, void* stream) {
+  const bool wide = args.chunks > 1;
+  const int groups = wide ? kWideLseGroups : kLseGroups, threads = groups * kGroupThreads;
+  const int rows = groups * kBlockRows;
+  // float32: 192 KB.
+  const size_t shared = group_shared(dtype, wide ? 3 * (rows + kGroupKeys) : rows + 4 * kGroupKeys);
+  const auto attention_lse =
+      wide ? attention_kernel(dtype, attention_lse_wide_f32, attention_lse_wide_f16, attention_lse_wide_bf16)
+           : attention_kernel(dtype, attention_lse_groups_f32, attention_lse_groups_f16, attention_lse_groups_bf16);
+  if (!use_groups(op, args, attention_lse, threads, shared)) return false;
+  const Grid grid{grid_x(op, ceil_div(args.q.rows, rows) * args.batch_heads), grid_yz(op, args.splits)};
+  VIDOPS_LAUNCH(op, attention_lse, grid, threads, shared, stream, args);
+  return true;
+}
+
+bool launch_map_groups(const char* op, const AttentionArgs& plan, DType dtype, void* stream) {
+  AttentionArgs args = plan;
+  const bool wide = args.chunks > 1;
+  const int threads = kMapGroups * kGroupThreads;
+  // float32: 224 KB for heads of one chunk, 192 for wider ones.
+  const size_t shared = group_shared(dtype, 3 * kRowTile + (wide ? 3 : 4) * kGroupKeys);
+  const auto attention_map =
+      wide ? attention_kernel(dtype, attention_map_wide_f32, attention_map_wide_f16, attention_map_wide_bf16)
+           : attention_kernel(dtype, attention_map_groups_f32, attention_map_groups_f16, attention_map_groups_bf16);
+  if (!use_groups(op, args, attention_map, threads, shared)) return false;
+  const int64_t tiles = int64_t{args.q.rows / kRowTile} * ceil_div(args.m, kMapParts * kGroupKeys) *
+                        (args.batch_heads / args.heads);
+  args.share = 1.0f / static_cast<float>(args.heads);
+  args.map_blocks = static_cast<int>(std::min<int64_t>(tiles, multiprocessors(op)));
+  if (args.log_p) zero_async(op, args.tiny_tile, map_tiles(args) * sizeof(u32), stream);
+  VIDOPS_LAUNCH(op, attention_map, Grid{grid_x(op, args.map_blocks)}, threads, shared, stream, args);
+  return true;
+}
+
 }  // namespace
 
-size_t attention_fit_stages(const char* op, AttentionArgs& args, DType dtype, size_t tile_rows, size_t stage_rows) {
+size_t attention_fit_stages(const char* op, AttentionArgs& args, DType dtype, size_t tile_rows, size_t stage_rows,
+                            size_t spare) {
   const size_t row = sizeof(u16) * (dtype == DType::f32 ? SplitKind::kPlanes : 1) * args.width;
   const size_t limit = shared_limit(op);
   const auto bytes = [&](size_t stages) { return row * (tile_rows + stages * stage_rows); };
-  args.stages = args.chunks == 1 && bytes(2) + kAttentionSpare <= limit ? 2 : 1;
-  require(bytes(1) + kAttentionSpare <= limit,
+  args.stages = args.chunks == 1 && bytes(2) + spare <= limit ? 2 : 1;
+  require(bytes(1) + spare <= limit,
           std::string(op) + ": heads of this size need " + std::to_string(bytes(1) / 1024) +
               " KB of shared memory per block, more than the device has");
-  return bytes(args.stages) + kAttentionSpare;
+  return bytes(args.stages) + spare;
 }
 
 AttentionArgs attention_plan(const char* op, Arena& arena, const AttentionSizes& sizes, const AttentionNeeds& needs) {
@@ -36,7 +93,11 @@ AttentionArgs attention_plan(const char* op, Arena& arena, const AttentionSizes&
   args.n = to_int(op, sizes.n);
   args.m = to_int(op, sizes.m);
   args.d = to_int(op, sizes.d);
-  args.width = sizes.d <= kMaxWidth ? static_cast<int>(round_up(sizes.d, 16)) : kMaxWidth;
+  const bool wide = sizes.d > kMaxWidth;
+  args.depth = wide ? kMaxWidth : static_cast<int>(round_up(sizes.d, 16));
+  // Products of warpgroups need rows of kMaxWidth; half of them empty would cost more than they save.
+  const bool scores_only = !needs.values && !needs.gradient;
+  args.width = scores_only && sizes.d > kMaxWidth / 2 ? kMaxWidth : args.depth;
   args.chunks = static_cast<int>(ceil_div(sizes.d, args.width));
 
   const auto operand = [&](int64_t rows) {
@@ -55,17 +116,24 @@ AttentionArgs attention_plan(const char* op, Arena& arena, const AttentionSizes&
 
   const int64_t rows = int64_t{args.batch_heads} * args.n;
   if (needs.gradient) {
-    args.delta = arena.take<float>(rows);
-    args.bound = arena.take<float>(rows);
+    const int64_t padded_rows = int64_t{args.batch_heads} * args.q.rows;
+    args.row_lse2 = arena.take<float>(padded_rows);
+    args.delta = arena.take<float>(padded_rows);
+    const int64_t blocks = std::max<int64_t>(
+        1, args.q.rows / kRowTile * sizes.batch * ceil_div(sizes.heads, kDeltaHeads));
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(args.m, kDeltaKeys));
+    const int64_t wanted = std::clamp<int64_t>(kDeltaBlocks / blocks, 1, tiles);
+    args.map_tiles_per_part = static_cast<int>(ceil_div(tiles, wanted));
+    args.map_parts = static_cast<int>(ceil_div(tiles, args.map_tiles_per_part));
+    args.map_delta = arena.take<float>(padded_rows * args.map_parts);
     return args;
   }
   args.lse2 = arena.take<float>(rows);
   args.tiny_tile = arena.take<u32>(map_tiles(args));
-  const int64_t blocks = std::max<int64_t>(1, args.q.rows / kRowTile * args.batch_heads);
-  const int64_t key_tiles = ceil_div(args.m, kLseKeys);
-  const int64_t wanted = std::clamp<int64_t>(kEnoughBlocks / blocks, 1, std::max<int64_t>(1, key_tiles));
-  args.tiles_per_split = static_cast<int>(std::max<int64_t>(1, ceil_div(key_tiles, wanted)));
-  args.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(key_tiles, args.tiles_per_split)));
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(args.q.rows, kLseGroups * kBlockRows) * args.batch_heads);
+  const int64_t key_tiles = std::max<int64_t>(1, ceil_div(args.m, kLseKeys));
+  args.tiles_per_split = static_cast<int>(ceil_div(key_tiles, key_splits(blocks, key_tiles)));
+  args.splits = static_cast<int>(ceil_div(key_tiles, args.tiles_per_split));
   if (args.splits > 1) {
     args.part_top = arena.take<float>(rows * args.splits);
     args.part_sum = arena.take<float>(rows * args.splits);
@@ -153,11 +221,13 @@ void attention_launch_pack(const char* op, const AttentionArgs& args, const Atte
 
 void attention_launch_lse(const char* op, const AttentionArgs& plan, DType dtype, void* stream) {
   AttentionArgs args = plan;
-  // 72 KB for float32 heads of 48 channels, 96 KB for 64.
-  const size_t shared = attention_fit_stages(op, args, dtype, kRowTile, kLseKeys);
-  const Grid grid{grid_x(op, int64_t{args.q.rows / kRowTile} * args.batch_heads), grid_yz(op, args.splits)};
-  const auto attention_lse = attention_kernel(dtype, attention_lse_f32, attention_lse_f16, attention_lse_bf16);
-  VIDOPS_LAUNCH(op, attention_lse, grid, kAttentionThreads, shared, stream, args);
+  if (!launch_lse_groups(op, args, dtype, stream)) {
+    // 72 KB for float32 heads of 48 channels, 96 KB for 64.
+    const size_t shared = attention_fit_stages(op, args, dtype, kRowTile, kLseKeys);
+    const Grid grid{grid_x(op, int64_t{args.q.rows / kRowTile} * args.batch_heads), grid_yz(op, args.splits)};
+    const auto attention_lse = attention_kernel(dtype, attention_lse_f32, attention_lse_f16, attention_lse_bf16);
+    VIDOPS_LAUNCH(op, attention_lse, grid, kAttentionThreads, shared, stream, args);
+  }
   if (args.splits == 1) return;
   const int64_t rows = int64_t{args.batch_heads} * args.n;
   VIDOPS_LAUNCH(op, attention_lse_combine, Grid{grid_x(op, ceil_div(rows, kCombineThreads))}, kCombineThreads, 0,
@@ -169,14 +239,16 @@ void attention_launch_map(const char* op, const AttentionArgs& plan, DType dtype
   // 96 KB for float32 heads of 48 channels, 128 KB for 64; half of it for the 16-bit types.
   const size_t shared = attention_fit_stages(op, args, dtype, 0, kRowTile + kMapKeys);
   const Grid grid{grid_x(op, map_tiles(args))};
-  if (args.dropout) {
+  if (args.dropout) {  // takes its time for the random words, not for the products
     const auto attention_map =
         attention_kernel(dtype, attention_map_dropout_f32, attention_map_dropout_f16, attention_map_dropout_bf16);
     VIDOPS_LAUNCH(op, attention_map, grid, kMapThreads, shared, stream, args);
     return;
   }
-  const auto attention_map = attention_kernel(dtype, attention_map_f32, attention_map_f16, attention_map_bf16);
-  VIDOPS_LAUNCH(op, attention_map, grid, kMapThreads, shared, stream, args);
+  if (!launch_map_groups(op, args, dtype, stream)) {
+    const auto attention_map = attention_kernel(dtype, attention_map_f32, attention_map_f16, attention_map_bf16);
+    VIDOPS_LAUNCH(op, attention_map, grid, kMapThreads, shared, stream, args);
+  }
   if (!args.log_p) return;
   const auto attention_tiny = attention_kernel(dtype, attention_tiny_f32, attention_tiny_f16, attention_tiny_bf16);
   VIDOPS_LAUNCH(op, attention_tiny, grid, kMapThreads, shared, stream, args);
@@ -249,7 +321,7 @@ void attention_head_mean_backward_cuda(const AttentionHeadMeanBackwardParams& pa
 
   const AttentionInput inputs[] = {{params.q, args.q, true}, {params.k, args.k, true}};
   attention_launch_pack(kOp, args, inputs, 2, stream);
-  attention_launch_gradients(kOp, args, dtype, {params.grad_q.data, params.grad_k.data, nullptr}, stream);
+  attention_launch_gradients(kOp, args, dtype, {}, {params.grad_q.data, params.grad_k.data, nullptr}, stream);
 }
 
 }  // namespace vidops

@@ -6,6 +6,8 @@
 
 namespace vidops::cuda {
 
+constexpr size_t kAttentionSpare = 128;  // for the flag of the map's kernel
+
 struct AttentionSizes {
   int64_t batch, heads, n, m, d;
 };
@@ -45,17 +47,23 @@ void attention_launch_lse(const char* op, const AttentionArgs& args, DType dtype
 // args.p, args.log_p from packed q, k and args.lse2.
 void attention_launch_map(const char* op, const AttentionArgs& args, DType dtype, void* stream);
 
+// The value product's result and its gradient; absent without one.
+struct AttentionValues {
+  TensorView grad_out, out;
+};
+
 struct AttentionGradients {
   void *q, *k, *v;  // contiguous, in the dtype of the operands; v null without a value product
 };
 
 // All gradients from packed operands, args.lse and args.grad_map.
-void attention_launch_gradients(const char* op, AttentionArgs args, DType dtype, const AttentionGradients& out,
-                                void* stream);
+void attention_launch_gradients(const char* op, AttentionArgs args, DType dtype, const AttentionValues& values,
+                                const AttentionGradients& out, void* stream);
 
 // Sets args.stages to what fits: two stages where tiles are not streamed in chunks, else one. `tile_rows` are held
-// throughout, `stage_rows` per stage. Returns the bytes of shared memory.
-size_t attention_fit_stages(const char* op, AttentionArgs& args, DType dtype, size_t tile_rows, size_t stage_rows);
+// throughout, `stage_rows` per stage, `spare` bytes beside them. Returns the bytes of shared memory.
+size_t attention_fit_stages(const char* op, AttentionArgs& args, DType dtype, size_t tile_rows, size_t stage_rows,
+                            size_t spare = kAttentionSpare);
 
 // One of three kernels by the operands' dtype.
 template <class Kernel>

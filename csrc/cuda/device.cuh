@@ -94,6 +94,8 @@ VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return 
 // a * b + c, rounded once on every machine: the compiler is left no choice.
 VIDOPS_DEVICE float multiply_add(float a, float b, float c)
     VIDOPS_BODY(return __builtin_fmaf(a, b, c);, return __fmaf_rn(a, b, c);)
+// The same value, unknown to the compiler: what depends on it is computed where it is used and not kept in registers.
+VIDOPS_DEVICE int opaque(int v) VIDOPS_BODY(return v;, asm volatile("" : "+r"(v)); return v;)
 VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.

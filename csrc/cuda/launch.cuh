@@ -28,6 +28,13 @@ inline void zero_async(const char*, void* data, size_t bytes, void*) { std::mems
 
 inline size_t shared_limit(const char*) { return shim::machine().shared_limit; }
 
+inline int multiprocessors(const char*) { return 2; }
+
+template <class Kernel>
+int thread_limit(const char*, Kernel) {
+  return 1024;
+}
+
 #define VIDOPS_LAUNCH(op, kernel, grid, threads, shared_bytes, stream, ...)                                     \
   do {                                                                                                          \
     (void)(stream);                                                                                             \
@@ -77,6 +84,21 @@ inline size_t shared_limit(const char* op) {
   check(op, "cudaDeviceGetAttribute",
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return static_cast<size_t>(bytes);
+}
+
+inline int multiprocessors(const char* op) {
+  int device = 0, count = 0;
+  check(op, "cudaGetDevice", cudaGetDevice(&device));
+  check(op, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// Threads that a block of the kernel may have, by the launch bounds of the code that the current device runs.
+template <class Kernel>
+int thread_limit(const char* op, Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  check(op, "cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.maxThreadsPerBlock;
 }
 
 // More than 48 KB of dynamic shared memory must be asked for, per device; the call is a table look-up in the

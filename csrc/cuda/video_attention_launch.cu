@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention_launch.cuh"
 #include "video_attention.cu"
 #include "vidops/video_attention.h"
@@ -6,44 +8,107 @@ namespace vidops {
 namespace cuda {
 namespace {
 
-// Chooses the stages and returns the shared memory. float32 heads of 48 channels: 72 KB for out and dv, 96 KB for the
-// gradients of q and k; of 64 channels: 96 and 128 KB; wider ones, streamed without a second stage: 64 and 112 KB.
-// Half of it for the 16-bit types.
+// Lays out the shared memory and returns its size. In order of preference: two stages and the map's gradient through
+// shared memory; without the latter; one stage. float32 heads of 64 channels take 200, 128 and 96 KB, wider ones,
+// streamed without a second stage, 160 or 128; half of it, but for the map's 36 KB per stage, in the 16-bit types.
 size_t weighted_shared(const char* op, AttentionArgs& args, DType dtype, WeightedSum sum) {
-  const bool output = sum == WeightedSum::output, with_values = !output && args.v.data != nullptr;
-  const bool own_z = output || (sum == WeightedSum::gradient && args.chunks > 1);
-  return attention_fit_stages(op, args, dtype, (with_values ? 2 : 1) * kRowTile,
-                              kColumnTile * (1 + (with_values ? 1 : 0) + (own_z ? 1 : 0)));
+  const bool logits = sum != WeightedSum::output, keys = sum == WeightedSum::keys;
+  const bool with_values = args.v.data != nullptr, streamed = args.chunks > 1;
+  const int width = args.width * (dtype == DType::f32 ? SplitKind::kPlanes : 1);
+  const int x_size = kRowTile * width, y_size = kColumnTile * width;
+  const int map_size = (keys ? kColumnTile * (kRowTile + 4) : kRowTile * (kColumnTile + 8)) * 2;
+  WeightedLayout& at = args.at;
+  at.row_value = x_size;
+  at.stages = logits && with_values ? 2 * x_size : x_size;
+  int used = y_size;
+  const auto take = [&](bool wanted, int size) {
+    const int place = wanted ? used : 0;
+    used += wanted ? size : 0;
+    return place;
+  };
+  at.column_value = take(logits && with_values, y_size);
+  const int own_value = take(with_values && (!logits || (keys && streamed)), y_size);
+  at.value_sum = own_value ? own_value : at.column_value;
+  at.logit_sum = take(logits && streamed, y_size);
+  at.statistics = take(keys, kColumnTile * 2 * 2);
+  at.map = used;
+  at.column_tiles = static_cast<int>(ceil_div(keys ? args.n : args.m, kColumnTile));
+
+  const bool aligned = args.map_row % 4 == 0 && args.map_batch % 4 == 0 && args.m % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(args.grad_map) % 16 == 0;
+  const bool map = logits && args.grad_map && aligned;
+  const size_t limit = shared_limit(op);
+  const size_t halves = sizeof(float) * kRowTile * args.width;  // of the sums, when they are added up
+  const auto bytes = [&](int stages, bool staged) {
+    return std::max(halves, sizeof(u16) * (at.stages + size_t(stages) * (used + (staged ? map_size : 0))));
+  };
+  struct Form {
+    int stages;
+    bool staged;
+  };
+  for (const Form form : {Form{2, true}, Form{2, false}, Form{1, true}, Form{1, false}}) {
+    if ((form.stages == 2 && streamed) || (form.staged && !map) || bytes(form.stages, form.staged) > limit) continue;
+    args.stages = form.stages;
+    args.map_staged = form.staged;
+    at.stage_size = used + (form.staged ? map_size : 0);
+    return bytes(form.stages, form.staged);
+  }
+  require(false, std::string(op) + ": heads of this size need " + std::to_string(bytes(1, false) / 1024) +
+                     " KB of shared memory per block, more than the device has");
+  return 0;
 }
 
-Grid weighted_grid(const char* op, const AttentionArgs& args, const PackedOperand& rows, bool by_chunk) {
-  return {grid_x(op, int64_t{rows.rows / kRowTile} * args.batch_heads), grid_yz(op, by_chunk ? args.chunks : 1)};
+Grid weighted_grid(const char* op, const AttentionArgs& args, const PackedOperand& rows) {
+  return {grid_x(op, args.batch_heads), grid_yz(op, rows.rows / kRowTile), grid_yz(op, args.chunks)};
+}
+
+AttentionRows attention_rows(const TensorView& view) {
+  return {view.data, view.stride[0], view.stride[1], view.stride[2]};
+}
+
+void launch_statistics(const char* op, const AttentionArgs& plan, DType dtype, const AttentionValues& values,
+                       void* stream) {
+  AttentionRowArgs row_args{plan, {}, {}};
+  AttentionArgs& args = row_args.attention;
+  if (args.grad_map) {
+    // 64 KB per stage of float32 heads of 64 channels, and 20 KB of sums and log-sum-exps.
+    const auto attention_delta =
+        attention_kernel(dtype, attention_delta_f32, attention_delta_f16, attention_delta_bf16);
+    const size_t sums = sizeof(float) * kDeltaHeads * (kDeltaKeys / kWarpTile + 1) * kRowTile;
+    const size_t shared = attention_fit_stages(op, args, dtype, 0, kRowTile + kDeltaKeys, sums);
+    const Grid grid{grid_x(op, int64_t{args.q.rows / kRowTile} * (args.batch_heads / args.heads)),
+                    grid_yz(op, args.map_parts), grid_yz(op, ceil_div(args.heads, kDeltaHeads))};
+    VIDOPS_LAUNCH(op, attention_delta, grid, kDeltaThreads, shared, stream, args);
+  } else {
+    args.map_parts = 0;
+  }
+  if (values.out.present()) {
+    row_args.grad_out = attention_rows(values.grad_out);
+    row_args.out = attention_rows(values.out);
+  }
+  const auto attention_statistics =
+      attention_kernel(dtype, attention_statistics_f32, attention_statistics_f16, attention_statistics_bf16);
+  const int64_t rows = int64_t{args.batch_heads} * args.q.rows;
+  VIDOPS_LAUNCH(op, attention_statistics, Grid{grid_x(op, ceil_div(rows, kStatisticsThreads / kWarp))},
+                kStatisticsThreads, 0, stream, row_args);
 }
 
 }  // namespace
 
-void attention_launch_gradients(const char* op, AttentionArgs args, DType dtype, const AttentionGradients& out,
-                                void* stream) {
-  const auto attention_dk = attention_kernel(dtype, attention_dk_f32, attention_dk_f16, attention_dk_bf16);
-  const auto attention_dv = attention_kernel(dtype, attention_dv_f32, attention_dv_f16, attention_dv_bf16);
+void attention_launch_gradients(const char* op, AttentionArgs args, DType dtype, const AttentionValues& values,
+                                const AttentionGradients& out, void* stream) {
+  args.grad_q = out.q;
+  args.grad_k = out.k;
+  args.grad_v = out.v;
   if (args.n > 0) {
-    const auto attention_delta =
-        attention_kernel(dtype, attention_delta_f32, attention_delta_f16, attention_delta_bf16);
-    size_t shared = weighted_shared(op, args, dtype, WeightedSum::statistics);
-    VIDOPS_LAUNCH(op, attention_delta, weighted_grid(op, args, args.q, false), kAttentionThreads, shared, stream,
-                  args);
+    launch_statistics(op, args, dtype, values, stream);
     const auto attention_dq = attention_kernel(dtype, attention_dq_f32, attention_dq_f16, attention_dq_bf16);
-    args.out = out.q;
-    shared = weighted_shared(op, args, dtype, WeightedSum::gradient);
-    VIDOPS_LAUNCH(op, attention_dq, weighted_grid(op, args, args.q, true), kAttentionThreads, shared, stream, args);
+    const size_t shared = weighted_shared(op, args, dtype, WeightedSum::queries);
+    VIDOPS_LAUNCH(op, attention_dq, weighted_grid(op, args, args.q), kAttentionThreads, shared, stream, args);
   }
-  args.out = out.k;
-  size_t shared = weighted_shared(op, args, dtype, WeightedSum::gradient);
-  VIDOPS_LAUNCH(op, attention_dk, weighted_grid(op, args, args.k, true), kAttentionThreads, shared, stream, args);
-  if (!out.v) return;
-  args.out = out.v;
-  shared = weighted_shared(op, args, dtype, WeightedSum::output);
-  VIDOPS_LAUNCH(op, attention_dv, weighted_grid(op, args, args.k, true), kAttentionThreads, shared, stream, args);
+  const auto attention_dkv = attention_kernel(dtype, attention_dkv_f32, attention_dkv_f16, attention_dkv_bf16);
+  const size_t shared = weighted_shared(op, args, dtype, WeightedSum::keys);
+  VIDOPS_LAUNCH(op, attention_dkv, weighted_grid(op, args, args.k), kAttentionThreads, shared, stream, args);
 }
 
 }  // namespace cuda
@@ -89,7 +154,7 @@ void video_attention_forward_cuda(const VideoAttentionParams& params, int device
   attention_launch_lse(kOp, args, dtype, stream);
   const auto attention_out = attention_kernel(dtype, attention_out_f32, attention_out_f16, attention_out_bf16);
   const size_t shared = weighted_shared(kOp, args, dtype, WeightedSum::output);
-  VIDOPS_LAUNCH(kOp, attention_out, weighted_grid(kOp, args, args.q, true), kAttentionThreads, shared, stream, args);
+  VIDOPS_LAUNCH(kOp, attention_out, weighted_grid(kOp, args, args.q), kAttentionThreads, shared, stream, args);
   if (!params.map.present()) return;
   require_dtype(kOp, "map", params.map, DType::f32);
   args.p = params.map.as<float>();
@@ -104,6 +169,7 @@ void video_attention_backward_cuda(const VideoAttentionBackwardParams& params, i
   attention_check(kOp, params.q, params.q, sizes.n, "q");
   attention_check(kOp, params.q, params.k, sizes.m, "k");
   attention_check(kOp, params.q, params.v, sizes.m, "v");
+  attention_check(kOp, params.q, params.out, sizes.n, "out");
   attention_check(kOp, params.q, params.grad_out, sizes.n, "grad_out");
   attention_check(kOp, params.q, params.grad_q, sizes.n, "grad_q");
   attention_check(kOp, params.q, params.grad_k, sizes.m, "grad_k");
@@ -124,7 +190,8 @@ void video_attention_backward_cuda(const VideoAttentionBackwardParams& params, i
                                    {params.v, args.v, false},
                                    {params.grad_out, args.g, false}};
   attention_launch_pack(kOp, args, inputs, 4, stream);
-  attention_launch_gradients(kOp, args, dtype, {params.grad_q.data, params.grad_k.data, params.grad_v.data}, stream);
+  attention_launch_gradients(kOp, args, dtype, {params.grad_out, params.out},
+                             {params.grad_q.data, params.grad_k.data, params.grad_v.data}, stream);
 }
 
 }  // namespace vidops

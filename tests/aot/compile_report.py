@@ -92,11 +92,13 @@ def rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 CASES: dict[str, Callable[[], Any]] = {}
 for _dtype in (F16, BF16, F32, F64):
     _name = str(_dtype).removeprefix("torch.")
-    for _size in (48, 64, 128, 256, 512):
+    for _size in (32, 48, 64, 128, 256, 512):
         CASES[f"head_mean-{_name}-{_size}"] = lambda s=_size, d=_dtype: map_forward(s, d)
         CASES[f"head_mean_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: map_backward(s, d)
         CASES[f"attention-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_forward(s, d)
         CASES[f"attention_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_backward(s, d)
+        CASES[f"attention_plain-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_forward(s, d, 0.0)
+        CASES[f"attention_plain_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_backward(s, d, 0.0)
         CASES[f"assign_clusters-{_name}-{_size}"] = lambda s=_size, d=_dtype: clusters(s, d)
 for _dtype in (F32, F64):
     _name = str(_dtype).removeprefix("torch.")

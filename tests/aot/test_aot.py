@@ -21,10 +21,14 @@ REPOSITORY = SCRIPT.parents[2]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 65536
 # The paper's shapes (8 heads of 48 channels) in the dtypes it is run in; all other variants are slow.
-ATTENTION = ("head_mean", "head_mean_backward", "attention", "attention_backward", "assign_clusters")
+ATTENTION = (
+    *("head_mean", "head_mean_backward", "attention", "attention_backward", "assign_clusters"),
+    *("attention_plain", "attention_plain_backward"),
+)
 FAST = [
     *(f"{op}-bfloat16-48" for op in ATTENTION),
     *(f"{op}-float32-48" for op in ATTENTION),
+    *(f"{op}-float32-128" for op in ("attention", "attention_backward")),
     *(f"{op}-float32" for op in ("kl", "adjacency", "absorb_kl", "mean", "segment", "assign_rows")),
     "filtered_adjacency-float32",
     "absorb",
@@ -69,12 +73,19 @@ def test_paper_shapes_fit_and_use_the_matrix_unit(capability: str) -> None:
         ("_neighbour_mean_fwd_kernel", "mean-float32"),
         ("_video_attention_fwd_kernel", "attention-bfloat16"),
         ("_attention_head_mean_map_kernel", "head_mean-bfloat16"),
+        ("_attention_head_mean_map_kernel", "head_mean-float32-48"),
+        ("_attention_head_mean_lse_kernel", "head_mean-float32-48"),
+        ("_video_attention_fwd_kernel", "attention-float32-48"),
+        ("_video_attention_bwd_dq_kernel", "attention_backward-float32-48"),
+        ("_video_attention_bwd_dkv_kernel", "attention_backward-float32-48"),
+        ("_assign_clusters_fwd_kernel", "assign_clusters-float32-48"),
     ):
-        assert unit in matrix_instructions(reports, kernel, case), f"{kernel} does not use {unit}"
-    # float32 products must not run on the matrix unit, whose float32 is TF32.
+        found = matrix_instructions(reports, kernel, case)
+        assert found == {unit}, f"{kernel} ({case}) uses {found or 'no matrix unit'}, not {unit} alone"
+    # Wide float32 heads are not split, and whole float32 operands would be multiplied as TF32.
     for kernel, case in (
-        ("_video_attention_fwd_kernel", "attention-float32"),
-        ("_video_attention_bwd_dkv_kernel", "attention_backward-float32"),
+        ("_video_attention_fwd_kernel", "attention-float32-128"),
+        ("_video_attention_bwd_dkv_kernel", "attention_backward-float32-128"),
     ):
         assert not matrix_instructions(reports, kernel, case)
 

@@ -18,6 +18,8 @@ from vidops.reference.dropout import dropout_factor
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRADIENT_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # one rounding of what is stored
 # Around the edges of 64- and 128-wide tiles and of 16-, 48- and 64-wide heads; 80 channels are streamed in two parts.
+# From 49 channels on the map has tiles of 128 by 256, several for each block of the shim, and rows of four or of single
+# floats.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (1, 3, 33, 65, 5),
@@ -26,7 +28,12 @@ SHAPES = [
     (1, 1, 129, 127, 32),
     (1, 1, 70, 200, 64),
     (1, 2, 20, 70, 80),
+    (2, 3, 129, 300, 64),
+    (1, 2, 260, 385, 50),
+    (1, 2, 130, 259, 130),
 ]
+# Rows of the map's gradient that vector copies can take, in several tiles each way; more heads than a block sums up.
+VIDEO_SHAPES = [SHAPES[1], SHAPES[4], SHAPES[6], (1, 2, 130, 140, 64), (2, 10, 5, 24, 8)]
 FEW_SEEDS = (1, 4, 103)
 
 
@@ -73,9 +80,21 @@ def test_head_mean(shim: ModuleType, shape: tuple[int, ...], dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_head_mean_schedules(seeded: ModuleType, dtype: torch.dtype) -> None:
-    q, k = tensor(1, 2, 20, 24, dtype=dtype), tensor(1, 2, 135, 24, dtype=dtype, seed=1)
+@pytest.mark.parametrize("channels", [24, 64, 80])
+def test_head_mean_schedules(seeded: ModuleType, channels: int, dtype: torch.dtype) -> None:
+    q, k = tensor(1, 2, 20, channels, dtype=dtype), tensor(1, 2, 135, channels, dtype=dtype, seed=1)
     compare(head_mean(q, k, tensor(1, 20, 135, seed=2)), dtype, [1e-6] * 3 + [GRADIENT_FLOOR[dtype]] * 2)
+
+
+@pytest.mark.parametrize("channels", [64, 80])
+def test_many_steps(seeded: ModuleType, channels: int) -> None:
+    """Warpgroups that run half a step apart go around their stages many times, over several tiles of the map."""
+    q, k = tensor(1, 3, 257, channels), tensor(1, 3, 900, channels, seed=1)
+    p, log_p, lse = vidops.attention_head_mean(q, k, return_log=True, return_lse=True, backend="cuda")
+    same = vidops.attention_head_mean(q, k, return_log=True, return_lse=True, backend="reference")
+    exact = vidops.attention_head_mean(q.double(), k.double(), return_log=True, return_lse=True, backend="reference")
+    for found, own, right in zip((p, log_p, lse), same, exact, strict=True):
+        close(found, own, right)
 
 
 def test_wide_heads(shim: ModuleType) -> None:
@@ -84,10 +103,11 @@ def test_wide_heads(shim: ModuleType) -> None:
     compare(head_mean(q, k, tensor(1, 5, 70, seed=2)), torch.float32, [1e-6] * 3 + [2e-6] * 2)
 
 
-def test_split_keys(shim: ModuleType) -> None:
+@pytest.mark.parametrize("channels", [8, 64, 128])
+def test_split_keys(shim: ModuleType, channels: int) -> None:
     """With few query tiles every block sees a part of the keys only; one part has one key."""
     shim.set_seed(2)
-    q, k = tensor(1, 1, 3, 8), tensor(1, 1, 385, 8, seed=1)
+    q, k = tensor(1, 1, 3, channels), tensor(1, 1, 385, channels, seed=1)
     k[0, 0, 384] *= 9
     compare(head_mean(q, k, tensor(1, 3, 385, seed=2)), torch.float32, [1e-6] * 3 + [2e-6] * 2)
 
@@ -130,12 +150,15 @@ def test_empty(shim: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_log_of_zero(shim: ModuleType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("channels", [1, 64])
+def test_no_log_of_zero(shim: ModuleType, channels: int, dtype: torch.dtype) -> None:
     """Some sums of the tile underflow, some do not; the head that matters changes from key to key."""
     shim.set_seed(1)
-    q = torch.full((2, 40, 1), 200.0)
-    k = tensor(2, 140, 1, seed=3)
-    k[:, 0] = 2.0
+    q, k = torch.zeros(2, 2, 140, channels)
+    q[:, :40, 0] = 200.0
+    k[..., :1] = tensor(2, 140, 1, seed=3)
+    k[:, 0, 0] = 2.0
+    q = q[:, :40]
     q, k = q.to(dtype), k.to(dtype)
     p, log_p = vidops.attention_head_mean(q, k, scale=1.0, return_log=True, backend="cuda")
     exact = vidops.attention_head_mean(q.double(), k.double(), scale=1.0, return_log=True, backend="reference")
@@ -147,9 +170,10 @@ def test_no_log_of_zero(shim: ModuleType, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_non_finite(shim: ModuleType, dtype: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize("channels", [8, 64])
+def test_non_finite(shim: ModuleType, channels: int, dtype: torch.dtype, bad: float) -> None:
     shim.set_seed(1)
-    q, k = tensor(2, 2, 20, 8, dtype=dtype), tensor(2, 2, 30, 8, dtype=dtype, seed=1)
+    q, k = tensor(2, 2, 20, channels, dtype=dtype), tensor(2, 2, 30, channels, dtype=dtype, seed=1)
     clean = vidops.attention_head_mean(q, k, backend="cuda")
     spoiled = q.clone()
     spoiled[0, 1, 3, 5] = bad
@@ -179,7 +203,7 @@ def video(operands: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], dropo
 
 @pytest.mark.parametrize("dropout_p,need", [(0.0, "map"), (0.4, "none"), (0.4, "map")])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[6]], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", VIDEO_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_video(shim: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, dropout_p: float, need: str) -> None:
     shim.set_seed(FEW_SEEDS[sum(shape) % 3])
     batch, heads, n, m, d = shape

@@ -14,14 +14,18 @@ NVCC = shutil.which("nvcc")
 KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswith("_launch"))
 DEVICE_HEADERS = sorted(path for path in CUDA.glob("*.cuh") if "launch" not in path.stem)
 ATTENTION_LIMIT = {
-    "delta": 184,
-    "dk": 208,
-    "dq": 216,
-    "dv": 168,
+    "delta": 128,  # one block of 512 threads per multiprocessor
+    "dkv": 255,  # two sums of 32 rows by 64 channels per warp
+    "dq": 255,
     "lse": 128,
+    "lse_groups": 128,  # 512 threads
+    "lse_wide": 128,
     "map": 128,
     "map_dropout": 128,
-    "out": 168,
+    "map_groups": 255,
+    "map_wide": 255,
+    "out": 255,
+    "statistics": 64,
     "tiny": 128,
 }
 REGISTER_LIMIT = {

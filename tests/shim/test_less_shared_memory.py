@@ -41,7 +41,7 @@ def test_distances(small: ModuleType, seed: int) -> None:
     assert torch.equal(vidops.assign_rows(p, x, backend="cuda"), exact.argmin(1))
 
 
-@pytest.mark.parametrize("channels", [48, 80])
+@pytest.mark.parametrize("channels", [48, 64, 80])
 def test_attention(small: ModuleType, channels: int) -> None:
     generator = torch.Generator().manual_seed(channels)
     q, k, v = (torch.randn(1, 2, n, channels, generator=generator) for n in (70, 90, 90))

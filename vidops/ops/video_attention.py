@@ -241,7 +241,7 @@ def _cuda_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_map = grad_map if with_map else lse.new_empty(0)
-    tensors = (grad_out, grad_map, q, k, v, lse.contiguous(), *grads, _cuda_workspace(q, k, True))
+    tensors = (grad_out, grad_map, q, k, v, out, lse.contiguous(), *grads, _cuda_workspace(q, k, True))
     views = [_native.view(t) for t in tensors]
     _native.C.video_attention_backward_cuda(*views, scale, dropout_p, seed, *_native.stream(q))
     return grads
