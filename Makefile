@@ -27,7 +27,8 @@ lint: $(VENV)/ready
 QUICK := -q -m "not slow and not network"
 test: install lint
 	VIDOPS_TEST_REQUIRE=reference,cpu $(BIN)/pytest $(QUICK) tests
-	TRITON_INTERPRET=1 VIDOPS_TEST_REQUIRE=triton $(BIN)/pytest $(QUICK) tests/ops tests/test_triton_dropout.py tests/test_memory.py
+	TRITON_INTERPRET=1 VIDOPS_TEST_REQUIRE=triton $(BIN)/pytest $(QUICK) tests/ops tests/test_triton_dropout.py \
+		tests/test_slot_attend_triton.py tests/test_memory.py
 	VIDOPS_CUDA_SHIM=1 VIDOPS_TEST_REQUIRE=cuda $(BIN)/pytest $(QUICK) tests/ops
 
 # For a machine with a card: needs no network and installs nothing, so PYTHON must have what CONTRIBUTING.md lists.

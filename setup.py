@@ -61,6 +61,7 @@ setup(
     # Every package by name: find_packages would ship kernels/ and models/ as top-level packages.
     packages=[
         "vidops",
+        "vidops.nn",
         "vidops.ops",
         "vidops.reference",
         "vidops.segment",

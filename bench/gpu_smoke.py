@@ -97,15 +97,41 @@ def cases(through: torch.dtype) -> dict[str, Case]:
         p = _map(N, 1, device, dtype)
         return [vidops.assign_rows(p, p[:K].contiguous(), backend=backend)]
 
+    def slot_attention(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        results = []
+        # Many tokens and one head, whose projections are absorbed, and few tokens with many heads, whose are not.
+        for tokens, heads in ((M, 1), (H, 5)):
+            shapes = {
+                "norm_input_weight": (D,), "norm_input_bias": (D,), "q_weight": (D, D), "k_weight": (D, D),
+                "k_bias": (D,), "v_weight": (D, D), "v_bias": (D,), "gru_weight_ih": (3 * D, D),
+                "gru_weight_hh": (3 * D, D), "gru_bias_ih": (3 * D,), "gru_bias_hh": (3 * D,),
+                "mlp_weight1": (D, D), "mlp_weight2": (D, D),
+            }  # fmt: skip
+            given = {"inputs": (2, tokens, D), "slots": (2, 6, D), **shapes}
+            leaves = {
+                name: (_normal(*shape, seed=i) * D**-0.5).to(through).to(device, dtype).requires_grad_(True)
+                for i, (name, shape) in enumerate(given.items())
+            }
+            params = vidops.SlotParams(**{name: leaves[name] for name in shapes})
+            mask = (torch.arange(2 * 2 * tokens).view(2, 2, tokens) % 4 != 0).to(device)
+            out, dots, attn = vidops.slot_attention(
+                leaves["inputs"] * D**0.5, leaves["slots"], params, iters=3, heads=heads, groups=2, scale=2.0,
+                extra_denominator=1e-8, activation="gelu", token_mask=mask, return_dots=True, return_attn=True,
+                backend=backend,
+            )  # fmt: skip
+            ((out * _normal(2, 6, D, seed=31).to(out)).sum() + (dots**2).mean() + (attn**2).sum()).backward()
+            results += [out.detach(), dots.detach(), attn.detach(), *(leaf.grad for leaf in leaves.values())]
+        return results
+
     every = (
         attention_head_mean, video_attention, symmetric_kl, symmetric_kl_adjacency, neighbour_mean, greedy_absorb,
-        greedy_absorb_kl, segment_mean, assign_clusters, assign_rows,
+        greedy_absorb_kl, segment_mean, assign_clusters, assign_rows, slot_attention,
     )  # fmt: skip
     return {case.__name__: case for case in every}
 
 
 # Ops on queries and keys take halves as they are; maps are widened before a kernel sees them.
-HALF_OPS = ("attention_head_mean", "video_attention", "assign_clusters")
+HALF_OPS = ("attention_head_mean", "video_attention", "assign_clusters", "slot_attention")
 LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

@@ -12,6 +12,7 @@
 #include "vidops/greedy_absorb_kl.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
+#include "vidops/slot_attend.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -22,6 +23,15 @@ namespace {
 
 using py::capsule;
 using vidops::bindings::view;
+
+// What forward and backward of slot attention share.
+void slot_attend_inputs(vidops::SlotAttendParams& a, capsule keys, capsule values, capsule mean, capsule rstd,
+                        capsule q, capsule c, capsule token_mask, capsule slot_mask, int64_t groups, bool joint,
+                        double eps) {
+  a.keys = view(keys), a.values = view(values), a.mean = view(mean), a.rstd = view(rstd), a.q = view(q), a.c = view(c);
+  a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
+  a.groups = groups, a.joint = joint, a.eps = eps;
+}
 
 }  // namespace
 
@@ -149,6 +159,37 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           vidops::assign_rows_forward_cpu(a, threads);
         });
+  m.def("slot_attend_forward_cpu",
+        [](capsule keys, capsule values, capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask,
+           capsule slot_mask, int64_t groups, bool joint, double eps, capsule num, capsule den, capsule dots,
+           capsule attn, int threads) {
+          vidops::SlotAttendForwardParams a;
+          slot_attend_inputs(a, keys, values, mean, rstd, q, c, token_mask, slot_mask, groups, joint, eps);
+          a.num = view(num), a.den = view(den), a.dots = view(dots), a.attn = view(attn);
+          py::gil_scoped_release release;
+          vidops::slot_attend_forward_cpu(a, threads);
+        });
+  m.def("slot_attend_backward_cpu",
+        [](capsule grad_num, capsule grad_den, capsule grad_dots, capsule grad_attn, capsule keys, capsule values,
+           capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask, capsule slot_mask, int64_t groups,
+           bool joint, double eps, capsule grad_keys, capsule grad_values, capsule grad_q, capsule grad_c,
+           int threads) {
+          vidops::SlotAttendBackwardParams a;
+          slot_attend_inputs(a, keys, values, mean, rstd, q, c, token_mask, slot_mask, groups, joint, eps);
+          a.grad_num = view(grad_num), a.grad_den = view(grad_den);
+          a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
+          a.grad_keys = view(grad_keys), a.grad_values = view(grad_values);
+          a.grad_q = view(grad_q), a.grad_c = view(grad_c);
+          py::gil_scoped_release release;
+          vidops::slot_attend_backward_cpu(a, threads);
+        });
+  m.def("token_statistics_cpu", [](capsule rows, capsule mean, capsule rstd, double eps, int threads) {
+    vidops::TokenStatisticsParams a;
+    a.rows = view(rows), a.mean = view(mean), a.rstd = view(rstd);
+    a.eps = eps;
+    py::gil_scoped_release release;
+    vidops::token_statistics_cpu(a, threads);
+  });
 
 #ifdef VIDOPS_WITH_CUDA
   vidops::bindings::bind_cuda(m);

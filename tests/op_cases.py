@@ -31,10 +31,10 @@ class OpCase:
     def repeats_bits(self, backend: str) -> bool:
         """Whether strides, alignment and the number of threads leave every bit of the result alone.
 
-        Not where a BLAS is called, which may split its sums by any of them: in the reference, and in the backward
-        of `symmetric_kl`, which is PyTorch on every backend.
+        Not where a BLAS is called, which may split its sums by any of them: in the reference, in the backward of
+        `symmetric_kl` and on the slot side of `slot_attention`, which are PyTorch on every backend.
         """
-        return backend != "reference" and self.name != "symmetric_kl_backward"
+        return backend != "reference" and self.name != "symmetric_kl_backward" and self.op != "slot_attention"
 
     def repeats_layouts(self, backend: str) -> bool:
         """Whether strides and alignment alone leave every bit alone: compiled Triton makes a kernel for each kind of
@@ -93,6 +93,8 @@ def case(name: str, backend: str) -> OpCase:
     grad_map, grad_out = heads(2, n, m, seed=5, on=backend), heads(2, h, n, 13, dtype=dtype, seed=6, on=backend)
     rows, others = torch.stack([p, p.flip(0)]), torch.stack([x, x.flip(1)])
     grad_distance = heads(2, n, 5, seed=7, on=backend)
+    if op == "slot_attention":
+        return OpCase(op, gradient, *_slot_attention(gradient, n, dtype, backend))
     calls: dict[str, tuple[Tensors, tuple[Any, ...]]] = {
         "attention_head_mean": ((q, k), (0.3, 0.0, 0, True)),
         "attention_head_mean_backward": ((grad_map, q, k, lse), (0.3, 0.0, 0)),
@@ -110,6 +112,43 @@ def case(name: str, backend: str) -> OpCase:
     }
     tensors, scalars = calls[name]
     return OpCase(op, gradient, tensors, scalars)
+
+
+def slot_weights(
+    din: int, d: int, hq: int, hv: int, *, dtype: torch.dtype, backend: str, seed: int = 10
+) -> vidops.SlotParams:
+    """Every weight there is, the update as wide as a slot."""
+    shapes = {
+        "norm_input_weight": (din,), "norm_input_bias": (din,), "norm_slots_weight": (d,), "norm_slots_bias": (d,),
+        "q_weight": (hq, d), "q_bias": (hq,), "k_weight": (hq, din), "k_bias": (hq,), "v_weight": (hv, din),
+        "v_bias": (hv,), "merge_weight": (d, hv), "merge_bias": (d,), "gru_weight_ih": (3 * d, d),
+        "gru_weight_hh": (3 * d, d), "gru_bias_ih": (3 * d,), "gru_bias_hh": (3 * d,), "norm_mlp_weight": (d,),
+        "norm_mlp_bias": (d,), "mlp_weight1": (2 * d, d), "mlp_bias1": (2 * d,), "mlp_weight2": (d, 2 * d),
+        "mlp_bias2": (d,),
+    }  # fmt: skip
+    return vidops.SlotParams(
+        **{
+            name: heads(*shape, seed=seed + index, on=backend).mul(0.4).to(dtype)
+            for index, (name, shape) in enumerate(shapes.items())
+        }
+    )
+
+
+def _slot_attention(gradient: bool, tokens: int, dtype: torch.dtype, backend: str) -> tuple[Tensors, tuple[Any, ...]]:
+    """Two heads, two groups of two slots, masks of both kinds and every weight; the LayerNorms' constant is so large
+    that the rounding of a row of equal values stays small."""
+    batch, slots, din, d, options = 2, 4, 13, 10, (2, 2, 0.5, False, 2, 1e-3, False, 1e-2, 0.1, "gelu", "full", True)
+    inputs, start = heads(batch, tokens, din, dtype=dtype, on=backend), heads(batch, slots, d, dtype=dtype, on=backend)
+    token_mask = torch.arange(batch * 2 * tokens, device=inputs.device).view(batch, 2, tokens) % 3 != 0
+    slot_mask = torch.tensor([[False, False, False, True]] * batch, device=inputs.device)
+    weights = vars(slot_weights(din, d, 12, 8, dtype=dtype, backend=backend)).values()
+    tensors, scalars = (inputs, start, *weights, token_mask, slot_mask), (*options, True)
+    if not gradient:
+        return tensors, scalars
+    with torch.no_grad():
+        _, dots, attn, states = torch.ops.vidops.slot_attention(*tensors, *scalars, "reference")
+    grads = (heads(*start.shape, dtype=dtype, seed=5, on=backend), *(torch.full_like(t, 0.5) for t in (dots, attn)))
+    return (*grads, states, *tensors), scalars
 
 
 def agree(got: Tensors, want: Tensors) -> bool:

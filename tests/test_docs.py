@@ -14,6 +14,7 @@ from vidops._registry import OPS
 ROOT = Path(__file__).parents[1]
 MODULES = [f"vidops.ops.{name}" for name in (*OPS, "hierarchical_cluster")]
 MODULES += ["vidops.bits", "vidops._registry", "vidops._report", "vidops.features"]
+MODULES += ["vidops.nn.adaptive", "vidops.nn.slot_attention"]
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="examples use default backends")
 

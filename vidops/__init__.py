@@ -9,6 +9,7 @@ _checkout.map_sibling_packages(__name__, _Path(__file__).resolve().parent)
 from vidops._registry import BACKENDS, BackendError, Explanation, explain, use_backend  # noqa: E402
 from vidops._report import backends  # noqa: E402
 from vidops.bits import pack_adjacency, unpack_adjacency  # noqa: E402
+from vidops.ops._slot_params import SlotParams  # noqa: E402
 from vidops.ops.assign_clusters import assign_clusters  # noqa: E402
 from vidops.ops.assign_rows import assign_rows  # noqa: E402
 from vidops.ops.attention_head_mean import attention_head_mean  # noqa: E402
@@ -21,9 +22,13 @@ from vidops.ops.hierarchical_cluster import (  # noqa: E402
 )
 from vidops.ops.neighbour_mean import neighbour_mean  # noqa: E402
 from vidops.ops.segment_mean import segment_mean  # noqa: E402
+from vidops.ops.slot_attention import slot_attention, slot_step  # noqa: E402
 from vidops.ops.symmetric_kl import symmetric_kl  # noqa: E402
 from vidops.ops.symmetric_kl_adjacency import symmetric_kl_adjacency  # noqa: E402
 from vidops.ops.video_attention import video_attention  # noqa: E402
+
+# Last: its modules call the ops by their public names.
+from vidops import nn  # noqa: E402  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -33,6 +38,7 @@ __all__ = [
     "BackendError",
     "Clusters",
     "Explanation",
+    "SlotParams",
     "assign_clusters",
     "assign_rows",
     "attention_head_mean",
@@ -43,8 +49,11 @@ __all__ = [
     "hierarchical_cluster",
     "hierarchical_cluster_map",
     "neighbour_mean",
+    "nn",
     "pack_adjacency",
     "segment_mean",
+    "slot_attention",
+    "slot_step",
     "symmetric_kl",
     "symmetric_kl_adjacency",
     "unpack_adjacency",

@@ -84,7 +84,7 @@ def cuda_device_refusal(tensors: Any) -> str | None:
 def view(t: torch.Tensor) -> Any:
     """A capsule for `t`, whose last axis is made contiguous first if it is not (a copy; other strides stay)."""
     if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
-        t = t.contiguous()
+        t = t.clone(memory_format=torch.contiguous_format)  # Tensor.contiguous leaves an empty tensor's strides
     return to_dlpack(t)
 
 

@@ -146,14 +146,14 @@ class Op:
         def forward(*args: Any) -> Any:
             return rows[args[-1]].forward(*args[:-1])
 
-        self._define(self.name, self.schema, self.fake, forward)
+        self._define(self.name, self.schema, self.fake, _without_autocast(forward))
         if self.backward is not None:
             name = self.name + "_backward"
 
             def backward(*args: Any) -> Any:
                 return rows[args[-1]].backward(*args[:-1])  # type: ignore[misc]
 
-            self._define(name, self.backward.schema, self.backward.fake, backward)
+            self._define(name, self.backward.schema, self.backward.fake, _without_autocast(backward))
             torch.library.register_autograd(
                 f"vidops::{self.name}",
                 self.backward.gradient,
@@ -308,6 +308,19 @@ def explain(function: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     finally:
         _explaining["on"] = False
     raise ValueError(f"explain: {function!r} runs no vidops op for this call (the work is plain PyTorch)")
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside an implementation PyTorch computes in the dtypes it is given. The first argument is always a tensor."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
 
 
 def _refuse_autograd(name: str, message: str) -> None:

@@ -47,6 +47,69 @@ struct Gemm {
   void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
 };
 
+// Slot attention works on tiles of up to kSlotTile tokens. A map is (rows, kSlotTile), a row being one slot of one
+// head; columns beyond the tile's tokens, up to a multiple of `lanes`, hold copies of its last token.
+constexpr int64_t kSlotTile = 64;
+
+// `lanes` rows of x, of which `count` exist (the last stands for the rest), become columns of (x - mean) * rstd. mean
+// and rstd are `lanes` long; null: 0 and 1.
+template <class T>
+struct SlotStrip {
+  const T* x;
+  int64_t pitch, count, width;
+  const T *mean, *rstd;
+  T* columns;
+  int64_t column_pitch;
+};
+
+// One softmax over `rows` rows of a map of dots. The map becomes the weights (a + eps) * mask times rstd, `attn` gets a
+// itself. `total` (rows, lanes) += the weights; the sum over its lanes is that over the tokens.
+template <class T>
+struct SlotSoftmax {
+  T* map;
+  int64_t rows, tokens;
+  const T* const* mask;  // per row the tile's mask; null: all one
+  const T* rstd;
+  T eps;
+  T *attn, *total;  // attn null: not wanted
+};
+
+// Its backward: `map` turns from dots to their gradient, `scaled` gets that times rstd, `grad` turns from the gradient
+// of the weights to the weights. `total` is that of the gradients of the dots.
+template <class T>
+struct SlotSoftmaxGrad {
+  T *map, *grad, *scaled;
+  int64_t rows, tokens;
+  const T* const* mask;
+  const T* rstd;
+  T eps;
+  const T *grad_attn, *grad_dots;  // null: zero
+  T* total;
+};
+
+template <class T>
+struct SlotKernels {
+  int lanes, panel, block;
+  int64_t block_pitch;
+  void (*strip)(const SlotStrip<T>& s);
+  // The left operand of `dots`: per block of rows a panel (width, block_pitch).
+  void (*pack_left)(const T* x, int64_t rows, int64_t width, T* packed);
+  // map = left right + bias; right: panels (depth, panel) of transposed tokens. As many rows from `ahead` on are
+  // fetched into the cache, whether they exist or not: the next tile, which would else be waited for.
+  void (*dots)(int64_t rows, int64_t depth, const T* left, const T* bias, int64_t tokens, const T* right,
+               const T* ahead, int64_t ahead_pitch, T* map);
+  // out += map (x - centre), a centre per token; x and out reach up to a multiple of `panel` columns
+  void (*sum)(int64_t rows, int64_t tokens, const T* map, const T* centre, const T* x, int64_t pitch, int64_t width,
+              T* out, int64_t out_pitch);
+  // grad += map^T left; left reaches up to a multiple of `panel` columns
+  void (*spread)(int64_t rows, int64_t tokens, const T* map, const T* left, int64_t left_pitch, int64_t width, T* grad,
+                 int64_t pitch);
+  void (*softmax)(const SlotSoftmax<T>& s);
+  void (*softmax_grad)(const SlotSoftmaxGrad<T>& s);
+  // Of up to `lanes` rows, as a LayerNorm takes them.
+  void (*moments)(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd);
+};
+
 template <class T>
 struct Kernels {
   Gemm<T> gemm;
@@ -78,6 +141,7 @@ struct Kernels {
   // groups of 8 words are read and written.
   void (*absorb)(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, int64_t rank,
                  int64_t* owner, int64_t* label);
+  SlotKernels<T> slots;
 };
 
 template <class T>

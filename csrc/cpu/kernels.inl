@@ -498,6 +498,8 @@ void absorb(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, i
   }
 }
 
+#include "slot_attend.inl"
+
 template <class T>
 constexpr Kernels<T> make_table() {
   using L = Lanes<T>;
@@ -519,7 +521,8 @@ constexpr Kernels<T> make_table() {
           nibble_table<T>,
           nibble_add<T>,
           wide_add<T>,
-          absorb};
+          absorb,
+          slot_table<T>()};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vidops.kernels import (
     greedy_absorb_kl,
     neighbour_mean,
     segment_mean,
+    slot_attention,
     symmetric_kl,
     symmetric_kl_adjacency,
     video_attention,
@@ -88,6 +90,63 @@ def rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return empty(3456, 8064, dtype=dtype), empty(3456, 8064, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """A published workload of slot attention: rows are raw inputs, or keys and values of every head."""
+
+    items: int
+    tokens: int
+    width: int
+    slots: int
+    heads: int = 1
+    groups: int = 1
+    projected: int | None = None  # width of the keys
+    joint: bool = False
+    slot_mask: bool = False
+
+
+SLOTS = {
+    "locatello": Slots(64, 16384, 64, 7),
+    "smtc_semantics": Slots(128, 256, 384, 16),
+    "smtc_instances": Slots(128, 256, 384, 64, groups=16),
+    "smtc_projected": Slots(128, 256, 384, 64, groups=16, projected=384),
+    "smtc_action": Slots(8, 1568, 384, 8, projected=32),
+    "lucidrains": Slots(2, 1024, 512, 5),
+    "lucidrains_heads": Slots(2, 1024, 64, 5, heads=4, projected=64),
+    "savi": Slots(64, 4096, 128, 24),
+    "dinosaur": Slots(64, 196, 256, 7),
+    "dinosaur_movi": Slots(64, 784, 128, 24, slot_mask=True),
+    "dinosaur_heads": Slots(64, 196, 256, 7, heads=4, joint=True, slot_mask=True),
+    "dinosaur_heads_projected": Slots(64, 196, 64, 7, heads=4, projected=64, joint=True),
+    "clip": Slots(256, 196, 768, 8),
+    "many": Slots(8, 65536, 256, 64),
+    "widest": Slots(8, 1024, 1024, 64),
+}
+
+
+def attend_slots(case: Slots, dtype: torch.dtype, backward: bool) -> None:
+    """The training call: maps and their gradients where a slot mask is given, as published for that variant."""
+    acc = _common.accumulator(dtype)
+    b, h, s, n = case.items, case.heads, case.slots, case.tokens
+    own = case.projected is not None
+    width = case.projected if case.projected is not None else case.width
+    keys = empty(b, h if own else 1, n, width, dtype=dtype)
+    values = empty(b, h, n, case.width, dtype=dtype) if own else keys
+    mean = None if own else empty(b, n, dtype=acc)
+    token_mask = empty(b, case.groups, n, dtype=torch.uint8) if case.groups > 1 else None
+    slot_mask = empty(b, s, dtype=torch.uint8) if case.slot_mask else None
+    q, c = empty(b, h, s, width, dtype=acc), empty(b, h, s, dtype=acc)
+    shared = (keys, values, mean, mean, q, c, token_mask, slot_mask, case.groups, case.joint, 1e-8)
+    if not backward:
+        slot_attention.attend_forward(*shared, case.slot_mask, case.slot_mask)
+        return
+    maps = empty(b, h, s, n, dtype=acc) if case.slot_mask else None
+    grad_keys = empty(*keys.shape, dtype=acc)
+    grad_values = empty(*values.shape, dtype=acc) if own else grad_keys
+    grad_num = empty(b, h, s, case.width, dtype=acc)
+    slot_attention.attend_backward(grad_num, c, maps, maps, *shared, grad_keys, grad_values)
+
+
 # name -> a call whose launches are compiled. Head sizes: the paper's, a power of two, the largest.
 CASES: dict[str, Callable[[], Any]] = {}
 for _dtype in (F16, BF16, F32, F64):
@@ -100,6 +159,10 @@ for _dtype in (F16, BF16, F32, F64):
         CASES[f"attention_plain-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_forward(s, d, 0.0)
         CASES[f"attention_plain_backward-{_name}-{_size}"] = lambda s=_size, d=_dtype: attention_backward(s, d, 0.0)
         CASES[f"assign_clusters-{_name}-{_size}"] = lambda s=_size, d=_dtype: clusters(s, d)
+    for _workload, _slots in SLOTS.items():
+        for _backward in (False, True):
+            _op = "slots_backward" if _backward else "slots"
+            CASES[f"{_op}-{_name}-{_workload}"] = lambda c=_slots, d=_dtype, b=_backward: attend_slots(c, d, b)
 for _dtype in (F32, F64):
     _name = str(_dtype).removeprefix("torch.")
     CASES[f"kl-{_name}"] = lambda d=_dtype: symmetric_kl.forward(

@@ -25,11 +25,13 @@ ATTENTION = (
     *("head_mean", "head_mean_backward", "attention", "attention_backward", "assign_clusters"),
     *("attention_plain", "attention_plain_backward"),
 )
+SLOTS = ("locatello", "smtc_semantics", "smtc_instances", "dinosaur_heads_projected")
 FAST = [
     *(f"{op}-bfloat16-48" for op in ATTENTION),
     *(f"{op}-float32-48" for op in ATTENTION),
     *(f"{op}-float32-128" for op in ("attention", "attention_backward")),
     *(f"{op}-float32" for op in ("kl", "adjacency", "absorb_kl", "mean", "segment", "assign_rows")),
+    *(f"{op}-{dtype}-{w}" for op in ("slots", "slots_backward") for dtype in ("bfloat16", "float32") for w in SLOTS),
     "filtered_adjacency-float32",
     "absorb",
     "single",

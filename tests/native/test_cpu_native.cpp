@@ -18,6 +18,7 @@
 #include "vidops/greedy_absorb_kl.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
+#include "vidops/slot_attend.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -521,6 +522,107 @@ void no_logarithm_with_dropout() {
   expect(refused, "the logarithm of a map with dropout is refused");
 }
 
+// Ends with its last row: what is read behind it is the sanitizer's.
+template <class T>
+Array<T> rows_alone(std::vector<int64_t> shape, int64_t pad) {
+  Array<T> a = normal<T>(std::move(shape), 1, pad);
+  a.data.resize(static_cast<size_t>(a.rows * a.pitch - pad));
+  a.data.shrink_to_fit();
+  return a;
+}
+
+struct SlotShape {
+  int64_t b, h, s, n, dk, dv;
+  bool own_keys, own_values, raw;
+  int64_t groups;
+};
+
+template <class T>
+void slot_attend(const SlotShape& s) {
+  const int64_t hk = s.own_keys ? s.h : 1, hv = s.own_values ? s.h : 1, rows = s.h * s.s, members = s.s / s.groups;
+  auto k = rows_alone<T>({s.b, hk, s.n, s.dk}, 3), v = rows_alone<T>({s.b, hv, s.n, s.dv}, 1);
+  auto q = normal<T>({s.b, s.h, s.s, s.dk}, 1 / std::sqrt(double(s.dk)), 0), c = normal<T>({s.b, s.h, s.s}, 1, 0);
+  auto go = normal<T>({s.b, s.h, s.s, s.dv}, 1, 0), gd = normal<T>({s.b, s.h, s.s}, 1, 0);
+  auto mean = rows_alone<T>({s.b, s.n}, 1), rstd = rows_alone<T>({s.b, s.n}, 2);
+  auto mask = rows_alone<T>({s.b, s.groups, s.n}, 1);
+  const double eps = 0.01;
+  auto x = [&](Array<T>& side, int64_t heads, int64_t b, int64_t h, int64_t j, int64_t d) {
+    const double raw = side.at((b * heads + (heads > 1 ? h : 0)) * s.n + j, d);
+    return s.raw ? (raw - double(mean.at(b, j))) * double(rstd.at(b, j)) : raw;
+  };
+  std::vector<double> num(s.b * rows * s.dv), den(s.b * rows), gq(s.b * rows * s.dk), gc(s.b * rows),
+      gk(s.b * hk * s.n * s.dk), gv(s.b * hv * s.n * s.dv);
+  for (int64_t b = 0; b < s.b; ++b)
+    for (int64_t first = 0; first < rows; first += members)
+      for (int64_t j = 0; j < s.n; ++j) {
+        const int64_t h = first / s.s, group = first % s.s / members;
+        const double m = double(mask.at(b * s.groups + group, j));
+        std::vector<double> a(members), g(members);
+        double sum = 0, moved = 0;
+        for (int64_t i = 0; i < members; ++i) {
+          const int64_t row = b * rows + first + i;
+          double dot = double(c.data[row]);
+          g[i] = double(gd.data[row]);
+          for (int64_t d = 0; d < s.dk; ++d) dot += double(q.at(row, d)) * x(k, hk, b, h, j, d);
+          for (int64_t d = 0; d < s.dv; ++d) g[i] += double(go.at(row, d)) * x(v, hv, b, h, j, d);
+          sum += a[i] = std::exp(dot);
+        }
+        for (int64_t i = 0; i < members; ++i) a[i] /= sum, g[i] *= m, moved += a[i] * g[i];
+        for (int64_t i = 0; i < members; ++i) {
+          const int64_t row = b * rows + first + i;
+          const double w = (a[i] + eps) * m, dd = a[i] * (g[i] - moved);
+          den[row] += w, gc[row] += dd;
+          for (int64_t d = 0; d < s.dv; ++d) {
+            num[row * s.dv + d] += w * x(v, hv, b, h, j, d);
+            gv[((b * hv + (hv > 1 ? h : 0)) * s.n + j) * s.dv + d] += w * double(go.at(row, d));
+          }
+          for (int64_t d = 0; d < s.dk; ++d) {
+            gq[row * s.dk + d] += dd * x(k, hk, b, h, j, d);
+            gk[((b * hk + (hk > 1 ? h : 0)) * s.n + j) * s.dk + d] += dd * double(q.at(row, d));
+          }
+        }
+      }
+  auto inputs = [&](SlotAttendParams& a) {
+    a.keys = k.view(), a.values = v.view(), a.q = q.view(), a.c = c.view(), a.token_mask = mask.view();
+    if (s.raw) a.mean = mean.view(), a.rstd = rstd.view();
+    a.groups = s.groups, a.eps = eps;
+  };
+  for (int threads : {1, 2}) {
+    Array<T> n({s.b, s.h, s.s, s.dv}), d({s.b, s.h, s.s});
+    SlotAttendForwardParams f;
+    inputs(f);
+    f.num = n.view(), f.den = d.view();
+    slot_attend_forward_cpu(f, threads);
+    close(n, num, "slot sums");
+    close(d, den, "slot weights");
+    Array<T> q2({s.b, s.h, s.s, s.dk}), c2({s.b, s.h, s.s}), k2({s.b, hk, s.n, s.dk}), v2({s.b, hv, s.n, s.dv});
+    std::fill_n(k2.data.begin(), gk.size(), T(0)), std::fill_n(v2.data.begin(), gv.size(), T(0));
+    SlotAttendBackwardParams r;
+    inputs(r);
+    r.grad_num = go.view(), r.grad_den = gd.view();
+    r.grad_keys = k2.view(), r.grad_values = v2.view(), r.grad_q = q2.view(), r.grad_c = c2.view();
+    slot_attend_backward_cpu(r, threads);
+    close(q2, gq, "slot grad q");
+    close(c2, gc, "slot grad c");
+    close(k2, gk, "slot grad keys");
+    close(v2, gv, "slot grad values");
+  }
+  Array<T> got_mean({s.b, s.n}), got_rstd({s.b, s.n});
+  auto alone = rows_alone<T>({s.b, s.n, s.dk}, 2);
+  std::vector<double> means, rstds;
+  for (int64_t row = 0; row < s.b * s.n; ++row) {
+    double sum = 0, square = 0;
+    for (int64_t d = 0; d < s.dk; ++d) sum += double(alone.at(row, d)) / double(s.dk);
+    for (int64_t d = 0; d < s.dk; ++d) square += std::pow(double(alone.at(row, d)) - sum, 2) / double(s.dk);
+    means.push_back(sum), rstds.push_back(1 / std::sqrt(square + 0.1));
+  }
+  TokenStatisticsParams t;
+  t.rows = alone.view(), t.mean = got_mean.view(), t.rstd = got_rstd.view(), t.eps = 0.1;
+  token_statistics_cpu(t, 2);
+  close(got_mean, means, "token mean");
+  close(got_rstd, rstds, "token rstd");
+}
+
 template <class T>
 void everything() {
   for (const Shape& s :
@@ -536,6 +638,10 @@ void everything() {
   vidops::cpu::panel_budget() = budget;
   clusters<T>({1, 2, 37, 530, 9}, false);
   clusters<T>({1, 3, 130, 70, 16}, true);
+  slot_attend<T>({1, 1, 1, 1, 1, 1, false, false, false, 1});
+  slot_attend<T>({2, 1, 7, 300, 64, 32, false, false, true, 1});
+  slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});
+  slot_attend<T>({1, 2, 4, 63, 5, 17, false, true, false, 2});
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from matrix import EMULATED, heads, maps, on_backends, skip_dtype
+from op_cases import slot_weights
 
 import vidops
 
@@ -42,6 +43,28 @@ class TestGradcheck:
             lambda a, b, la, lb: vidops.symmetric_kl(a, b, log_p=la, log_q=lb, backend=backend), (p, x, log_p, log_x)
         )
 
+    @on_backends("slot_attention", gradient=True)
+    @pytest.mark.parametrize("options", [
+        {"iters": 2},
+        {"iters": 1, "joint_heads": True, "eps": 0.5, "eps_in_denominator": True},
+        {"iters": 2, "groups": 2, "extra_denominator": 0.1},
+    ])  # fmt: skip
+    def test_slot_attention(self, backend, options):
+        skip_dtype(backend, torch.float64)
+        weights = slot_weights(3, 4, 4, 4, backend=backend, **DOUBLE)
+        x, slots = heads(1, 5, 3, on=backend, **DOUBLE), heads(1, 4, 4, seed=1, on=backend, **DOUBLE)
+        names = list(vars(weights))
+
+        def call(x, slots, *found):
+            params = vidops.SlotParams(**dict(zip(names, found, strict=True)))
+            return vidops.slot_attention(
+                x, slots, params, heads=2, activation="gelu", return_dots=True, return_attn=True, backend=backend,
+                **options,
+            )  # fmt: skip
+
+        leaves = [t.clone().requires_grad_(True) for t in (x, slots, *vars(weights).values())]
+        assert check(call, leaves)
+
 
 def _attention(backend, **options):
     return lambda q, k, v: vidops.video_attention(q, k, v, need="map", backend=backend, **options)
@@ -49,6 +72,16 @@ def _attention(backend, **options):
 
 def _inputs(backend):
     return [heads(1, 2, n, 8, seed=i, on=backend) for i, n in enumerate((6, 9, 9))]
+
+
+def _slots(backend, **options):
+    """Leaves (inputs, slots, all weights) and the results of one call."""
+    weights = slot_weights(6, 8, 4, 6, dtype=torch.float32, backend=backend)
+    leaves = [t.requires_grad_(True) for t in (heads(2, 9, 6, on=backend), heads(2, 4, 8, seed=1, on=backend))]
+    weights = vidops.SlotParams(**{name: t.requires_grad_(True) for name, t in vars(weights).items()})
+    options = {"iters": 2, "heads": 2, "activation": "gelu", "return_dots": True, "return_attn": True, **options}
+    outputs = vidops.slot_attention(*leaves, weights, backend=backend, **options)
+    return outputs, [*leaves, *vars(weights).values()]
 
 
 def _gradients(outputs, grads, leaves):
@@ -95,6 +128,10 @@ class TestIncomingGradients:
         leaves = [maps(n, 9, seed=n, on=backend).requires_grad_(True) for n in (6, 4)]
         self.compare([vidops.symmetric_kl(*leaves, backend=backend)], leaves, how)
 
+    @on_backends("slot_attention", gradient=True)
+    def test_slot_attention(self, backend, how):
+        self.compare(*_slots(backend), how)
+
 
 class TestPartsOfTheGraph:
     @on_backends("attention_head_mean", gradient=True)
@@ -119,6 +156,32 @@ class TestPartsOfTheGraph:
         for a, b, c in zip(both, of_out, of_map, strict=True):
             total = b if c is None else b + c
             assert torch.allclose(a, total, rtol=1e-4, atol=1e-5) and a.any()
+
+    @on_backends("slot_attention", gradient=True)
+    def test_unused_outputs_of_slot_attention(self, backend):
+        """The gradient of all outputs is the sum of the gradients of each."""
+        outputs, leaves = _slots(backend)
+        grads = [heads(*t.shape, seed=3 + i, on=backend) for i, t in enumerate(outputs)]
+        together = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        totals = [torch.zeros_like(t) for t in leaves]
+        for output, grad in zip(outputs, grads, strict=True):
+            found = torch.autograd.grad(output, leaves, grad, retain_graph=True, allow_unused=True)
+            totals = [t if g is None else t + g for t, g in zip(totals, found, strict=True)]
+        for a, b in zip(together, totals, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) and a.any()
+
+    @on_backends("slot_attention", gradient=True)
+    @pytest.mark.parametrize("wanted", ["inputs", "slots", "weights"])
+    def test_part_of_the_leaves_of_slot_attention(self, backend, wanted):
+        outputs, leaves = _slots(backend)
+        together = torch.autograd.grad(outputs[0].square().sum(), leaves)
+        kept = {"inputs": [0], "slots": [1], "weights": list(range(2, len(leaves)))}[wanted]
+        alone = [t.detach().requires_grad_(i in kept) for i, t in enumerate(leaves)]
+        names = list(vars(slot_weights(6, 8, 4, 6, dtype=torch.float32, backend=backend)))
+        params = vidops.SlotParams(**dict(zip(names, alone[2:], strict=True)))
+        out = vidops.slot_attention(*alone[:2], params, iters=2, heads=2, activation="gelu", backend=backend)
+        for index, got in zip(kept, torch.autograd.grad(out.square().sum(), [alone[i] for i in kept]), strict=True):
+            assert torch.allclose(got, together[index], rtol=1e-4, atol=1e-5) and got.any()
 
     @on_backends("attention_head_mean", "video_attention", "symmetric_kl", gradient=True)
     def test_one_input_alone(self, backend):
@@ -172,6 +235,11 @@ class TestRefused:
         p = maps(3, 4, on=backend).requires_grad_(True)
         self.twice([vidops.symmetric_kl(p, backend=backend)], p)
 
+    @on_backends("slot_attention", gradient=True)
+    def test_double_backward_of_slot_attention(self, backend):
+        outputs, leaves = _slots(backend)
+        self.twice(outputs, leaves[0])
+
     @on_backends("greedy_absorb_kl")
     def test_not_differentiable(self, backend):
         p = maps(4, 3, on=backend).requires_grad_(True)
@@ -188,6 +256,17 @@ class TestVmap:
         got = torch.func.vmap(lambda a, b: vidops.attention_head_mean(a, b, backend=backend))(q, k)
         want = torch.stack([vidops.attention_head_mean(a, b, backend=backend) for a, b in zip(q, k, strict=True)])
         assert torch.allclose(got, want)
+
+    @on_backends("slot_attention")
+    def test_slot_attention(self, backend):
+        weights = slot_weights(6, 8, 4, 6, dtype=torch.float32, backend=backend)
+        x, slots = heads(3, 2, 9, 6, on=backend), heads(3, 2, 4, 8, seed=1, on=backend)
+
+        def call(a, b):
+            return vidops.slot_attention(a, b, weights, iters=2, heads=2, return_attn=True, backend=backend)
+
+        for got, want in zip(torch.func.vmap(call)(x, slots), zip(*map(call, x, slots), strict=True), strict=True):
+            assert torch.allclose(got, torch.stack(want), rtol=1e-4, atol=1e-5)
 
     @on_backends("greedy_absorb_kl")
     def test_greedy_absorb_kl(self, backend):

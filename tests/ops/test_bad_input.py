@@ -78,7 +78,83 @@ def _backends(*args):
         yield args, {"backend": bad}, "backend"
 
 
+def _slot_cases():
+    """Bad arguments of `slot_attention` beside good ones; `slot_step` takes all of them but `iters`."""
+    x, slots = F(2, 5, 3), F(2, 4, 6)
+    weights = {
+        "norm_input_weight": F(3), "norm_input_bias": F(3), "norm_slots_weight": F(6), "norm_slots_bias": F(6),
+        "q_weight": F(8, 6), "q_bias": F(8), "k_weight": F(8, 3), "k_bias": F(8), "v_weight": F(4, 3), "v_bias": F(4),
+        "merge_weight": F(7, 4), "merge_bias": F(7), "gru_weight_ih": F(18, 7), "gru_weight_hh": F(18, 6),
+        "gru_bias_ih": F(18), "gru_bias_hh": F(18), "norm_mlp_weight": F(6), "norm_mlp_bias": F(6),
+        "mlp_weight1": F(9, 6), "mlp_bias1": F(9), "mlp_weight2": F(6, 9), "mlp_bias2": F(6),
+    }  # fmt: skip
+
+    def params(**changed):
+        return vidops.SlotParams(**{**weights, **changed})
+
+    good = params()
+    for bad in itertools.chain(_not_floats((2, 5, 3)), _wrong_ranks((0, 1, 2, 4))):
+        yield (bad, slots, good), {}, "inputs"
+    for bad in itertools.chain(_not_floats((2, 4, 6)), _wrong_ranks((0, 1, 2, 4))):
+        yield (x, bad, good), {}, "slots"
+    yield from (((bad, slots, good), {}, "inputs") for bad in (x[:, :0], x[..., :0]))
+    yield from (((x, bad, good), {}, "slots") for bad in (slots[:, :0], slots[..., :0], slots[:1], slots.to("meta")))
+    yield from (((x, bad, good), {}, "slots") for bad in (slots.double(), slots.half(), slots.bfloat16()))
+    yield (x.double(), slots, good), {}, "slots"
+    yield (x, slots[..., :5], good), {}, "params."
+    yield (x[..., :2], slots, good), {}, "params."
+    yield from (((x, slots, bad), {}, "params") for bad in (None, 1, weights, tuple(weights.values()), F(8, 6)))
+    for name, weight in weights.items():
+        for bad in (1.0, "x", weight.numpy(), weight.to_sparse(), weight.int(), weight.double(), weight.to("meta")):
+            yield (x, slots, params(**{name: bad})), {}, f"params.{name}"
+        for bad in (weight[None], weight[0], F(*weight.shape[:-1], weight.shape[-1] + 1)):
+            yield (x, slots, params(**{name: bad})), {}, "params."
+    for name in ("q_weight", "k_weight", "v_weight"):
+        yield (x, slots, params(**{name: None})), {}, f"params.{name}"
+    for name in ("merge_weight", "gru_weight_ih", "gru_weight_hh", "mlp_weight1", "mlp_weight2"):
+        yield (x, slots, params(**{name: None})), {}, "params."
+    no_gru = dict.fromkeys(("gru_weight_ih", "gru_weight_hh", "gru_bias_ih", "gru_bias_hh"))
+    yield (x, slots, params(**no_gru)), {}, "params.merge_weight"
+    yield (x, slots, params(**no_gru, merge_weight=None, merge_bias=None)), {}, "params.v_weight"
+    for bad in (0, -1, 1.5, None, "1", True, [1], torch.tensor(1)):
+        yield (x, slots, good), {"heads": bad}, "heads"
+        yield (x, slots, good), {"groups": bad}, "groups"
+    yield (x, slots, good), {"heads": 3}, "params.q_weight"
+    yield (x, slots, params(v_weight=F(6, 3), v_bias=F(6), merge_weight=F(7, 6))), {"heads": 4}, "params.v_weight"
+    yield (x, slots, good), {"groups": 3}, "groups"
+    yield (x, slots, good), {"groups": 2, "joint_heads": True}, "groups"
+    for name in ("scale", "eps", "extra_denominator", "ln_eps"):
+        for bad in (b for b in _numbers() if b is not None):
+            yield (x, slots, good), {name: bad}, name
+    for name in ("eps", "extra_denominator", "ln_eps"):
+        yield (x, slots, good), {name: -1e-3}, name
+    yield (x, slots, good), {"ln_eps": 0.0}, "ln_eps"
+    yield (x, slots, good), {"eps_in_denominator": True, "extra_denominator": 1.0}, "extra_denominator"
+    for name in ("joint_heads", "eps_in_denominator", "return_dots", "return_attn"):
+        for bad in (None, 0, 1, "yes", torch.tensor(True)):
+            yield (x, slots, good), {name: bad}, name
+    for bad in ("tanh", "ReLU", None, 1, ""):
+        yield (x, slots, good), {"activation": bad}, "activation"
+        yield (x, slots, good), {"grad_mode": bad}, "grad_mode"
+    mask = F(2, 1, 5)
+    bad_masks = (1, "x", mask.numpy(), mask.to_sparse(), mask.int(), mask[0], mask[:, :, :4], F(2, 2, 5), mask[:1])
+    for bad in (*bad_masks, mask.clone().requires_grad_(True), mask.to("meta")):
+        yield (x, slots, good), {"token_mask": bad}, "token_mask"
+    kept = torch.zeros(2, 4, dtype=torch.bool)
+    for bad in (1, "x", kept.numpy(), kept.float(), kept.int(), kept[0], kept[:, :3], kept[:1], kept.to("meta")):
+        yield (x, slots, good), {"slot_mask": bad}, "slot_mask"
+    for bad in ("gpu", "CPU", 1, "triton "):
+        yield (x, slots, good), {"backend": bad}, "backend"
+
+
 def _cases():
+    slot_calls = list(_slot_cases())
+    x, slots, params = F(2, 5, 3), F(2, 4, 3), vidops.SlotParams(q_weight=F(4, 3), k_weight=F(4, 3), v_weight=F(3, 3))
+    yield "slot_attention", [
+        *((args, {"iters": 2, **options}, argument) for args, options, argument in slot_calls),
+        *(((x, slots, params), {"iters": b}, "iters") for b in (0, -1, 1.5, None, "3", True, [1], torch.tensor(1))),
+    ]
+    yield "slot_step", itertools.chain(slot_calls, [((x, slots, params), {"iters": 1}, "iters")])
     q3, q4 = F(2, 3, 4), F(1, 2, 3, 4)
     rows, bits = torch.full((4, 3), 1 / 3), F(4, 1, dtype=torch.int64)
     yield "attention_head_mean", itertools.chain(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matrix import BACKENDS, DEVICE, EMULATED, INTERPRETED, SHIM, device_for
+from matrix import BACKENDS, DEVICE, EMULATED, INTERPRETED, ONLY, SHIM, device_for
 
-from vidops.validation import ssl_uvos_model, ssl_uvos_ops
+from vidops.validation import slot_attention, ssl_uvos_model, ssl_uvos_ops
 from vidops.validation.case import Case
-from vidops.validation.command import KINDS, kind_of, main, runnable
+from vidops.validation.command import KINDS, MODEL_OPS, kind_of, main, runnable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*/*.npz"))
@@ -28,7 +28,7 @@ def _cases():
 @pytest.mark.parametrize("path,backend", list(_cases()))
 def test_golden(path, backend, monkeypatch):
     if SHIM:  # where backend cuda takes CPU tensors
-        for module in (ssl_uvos_model, ssl_uvos_ops):
+        for module in (slot_attention, ssl_uvos_model, ssl_uvos_ops):
             monkeypatch.setattr(module, "device_of", device_for)
     kinds = KINDS[path.parent.name]
     checks = kinds[kind_of(path.stem, kinds)].run(Case.load(path), backend)
@@ -39,8 +39,8 @@ def test_golden(path, backend, monkeypatch):
 @pytest.mark.skipif(SHIM, reason="the shim runs the kinds whose ops have a cuda row")
 def test_expected_backends_ran():
     compiled = {"reference", "cpu"} | ({"triton"} if DEVICE == "cuda" else set())
-    expected = {"triton"} if INTERPRETED else compiled
-    assert set(BACKENDS) >= expected and set(runnable()) >= expected
+    expected = {"triton"} if INTERPRETED else compiled & set(ONLY or compiled)
+    assert set(BACKENDS) >= expected and set(runnable(MODEL_OPS)) >= expected
     assert FILES
 
 

@@ -24,8 +24,9 @@ ALLOCATORS = {
 
 
 def _fill(t: torch.Tensor, pattern: int) -> None:
-    """Every byte of a contiguous `t` takes `pattern`: 0xFF is NaN and -1, 0x7B large numbers."""
-    t.view(torch.uint8).fill_(pattern)
+    """Every byte of a contiguous `t` takes `pattern`: 0xFF is NaN and -1, 0x7B large numbers. Bytes but 0 and 1 are no
+    truth values, and a copy may change them."""
+    t.view(torch.uint8).fill_(1 if t.dtype == torch.bool else pattern)
 
 
 class Guarded(TorchDispatchMode):

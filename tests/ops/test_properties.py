@@ -323,6 +323,68 @@ def test_gradients_at_any_size_of_the_logits(backend, inputs, seed):
         assert (a.cpu() - b.cpu()).abs().max() <= (2e-5 + 1e-6 * size) * largest * k.shape[1]
 
 
+@st.composite
+def slot_calls(draw: st.DrawFn) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """Inputs, slots and weights of one width for q, k and v, in float64, and options; no MLP, whose kinks are steps."""
+    sizes = {"batch": (1, 3), "tokens": (1, 40), "each": (1, 5), "din": (1, 9), "width": (1, 4)}
+    b, n, each, din, width = (draw(st.integers(*limits)) for limits in sizes.values())
+    heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    d, seed = heads * width, draw(seeds)
+    shapes = ((b, n, din), (b, groups * each, d), (d, d), (d, din), (d, din), (3 * d, d), (3 * d, d))
+    tensors = tuple(_normal(seed + i, *shape) for i, shape in enumerate(shapes))
+    in_denominator = draw(st.booleans())
+    options = {
+        "iters": draw(st.integers(1, 3)),
+        "heads": heads,
+        "groups": groups,
+        "joint_heads": groups == 1 and draw(st.booleans()),
+        "scale": draw(st.sampled_from([0.0, 0.1, 1.0, 20.0])),
+        "eps": draw(st.sampled_from([1e-8, 1e-3, 1.0])),
+        "eps_in_denominator": in_denominator,
+        "extra_denominator": 0.0 if in_denominator else draw(st.sampled_from([0.0, 1e-2])),
+        "ln_eps": draw(st.sampled_from([1e-3, 0.1])),
+        "grad_mode": draw(st.sampled_from(["full", "bilevel", "fixed_point"])),
+    }
+    if draw(st.booleans()) and options["eps"] > 1e-8:
+        mask = torch.rand(b, groups, n, generator=torch.Generator().manual_seed(seed))
+        mask[:, :, 0] = 1.0  # a group without tokens is 0 / 0
+        options["token_mask"] = mask > 0.4
+    return tensors, options
+
+
+@on_backends("slot_attention", gradient=True)
+@given(call=slot_calls())
+@DETERMINISTIC
+def test_slots(backend, call):
+    """Values and gradients are the float64 reference's, and weights over slots sum to one for each token."""
+    tensors, options = call
+
+    def run(name, dtype):
+        device = device_for(name)
+        leaves = [t.to(device, dtype).requires_grad_(True) for t in tensors]
+        inputs, slots, *weights = leaves
+        names = ("q_weight", "k_weight", "v_weight", "gru_weight_ih", "gru_weight_hh")
+        params = vidops.SlotParams(**dict(zip(names, weights, strict=True)))
+        masks = {k: t.to(device) for k, t in options.items() if k == "token_mask"}
+        out, attn = vidops.slot_attention(
+            inputs, slots, params, return_attn=True, backend=name, **{**options, **masks}
+        )
+        found = torch.autograd.grad(out.square().sum() + attn.sum(), leaves, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
+        return out.detach(), attn.detach(), grads
+
+    out, attn, grads = run(backend, torch.float32)
+    exact_out, exact_attn, exact_grads = run("reference", torch.float64)
+    total = attn.sum(1) * (options["heads"] if options["joint_heads"] else 1)
+    assert torch.allclose(total, torch.full_like(total, options["groups"]), rtol=1e-5) and (attn >= 0).all()
+    # A dot is as wrong as its digits allow, and each iteration multiplies the error.
+    slack = 4e-6 * (1 + options["scale"]) * 5 ** (options["iters"] - 1)
+    assert (out.cpu() - exact_out).abs().max() <= slack * exact_out.abs().max().clamp_min(1.0)
+    assert (attn.cpu() - exact_attn).abs().max() <= slack
+    for a, b in zip(grads, exact_grads, strict=True):
+        assert a.isfinite().all() and (a.cpu() - b).abs().max() <= 20 * slack * b.abs().max().clamp_min(1.0)
+
+
 CLUSTER_OPS = (
     "attention_head_mean",
     "symmetric_kl_adjacency",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from matrix import BACKENDS, DEVICE, EMULATED, device_for, equal, heads, on_backends
-from op_cases import agree, case
+from op_cases import agree, case, slot_weights
 from torch.library import opcheck
 
 import vidops
@@ -21,10 +21,23 @@ def test_opcheck(name, backend):
     tensors = list(sample.tensors)
     row = OPS[name].rows[backend]
     if row.backward is not None:
-        tensors = [t.clone().requires_grad_(True) for t in tensors]
+        tensors = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
     if name == "symmetric_kl":  # logarithms come in as constants here
         tensors[1], tensors[3] = tensors[1].detach(), tensors[3].detach()
     opcheck(OPS[name].call, (*tensors, *sample.scalars, backend))
+
+
+@on_backends("slot_attention", gradient=True)
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_opcheck_of_the_least_slot_attention(backend, with_maps):
+    """No optional weight, no mask."""
+    weights = slot_weights(6, 8, 4, 8, dtype=torch.float32, backend=backend)
+    required = ("q_weight", "k_weight", "v_weight")
+    given = {name: weight if name in required else None for name, weight in vars(weights).items()}
+    x, slots = heads(2, 7, 6, on=backend), heads(2, 3, 8, seed=1, on=backend)
+    tensors = [t if t is None else t.clone().requires_grad_(True) for t in (x, slots, *given.values())]
+    options = (2, 1, 0.5, True, 1, 1.0, True, 0.0, 1e-5, "relu", "bilevel", with_maps, with_maps)
+    opcheck(OPS["slot_attention"].call, (*tensors, None, None, *options, backend))
 
 
 class Window(torch.nn.Module):
@@ -131,6 +144,73 @@ def test_export_of_greedy_absorb(backend):
     program = torch.export.export(Leaders(), (bits,))
     assert _names_of(program) == {"greedy_absorb": backend}
     assert equal(program.module()(bits), Leaders()(bits))
+
+
+class Slots(torch.nn.Module):
+    """Every weight and mask, gradients through the last iteration; a module of its own builds the parameters."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.attention = vidops.nn.MultiHeadSlotAttention(num_slots=4, dim=8, heads=2, dim_head=6, iters=2)
+        self.attention.to(device_for(backend))
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slots = self.attention(x, noise=noise, backend=self.backend)
+        return vidops.slot_attention(
+            x, slots, self.attention._params(), iters=3, heads=2, groups=2, grad_mode="bilevel",
+            token_mask=mask, extra_denominator=1e-8, return_dots=True, return_attn=True, backend=self.backend,
+        )  # fmt: skip
+
+
+def _slot_inputs(batch: int, tokens: int, backend: str) -> tuple[torch.Tensor, ...]:
+    x, noise = heads(batch, tokens, 8, on=backend), heads(batch, 4, 8, seed=1, on=backend)
+    return x, noise, heads(batch, 2, tokens, seed=2, on=backend) > 0
+
+
+@on_backends("slot_attention", gradient=True)
+def test_fullgraph_dynamic_slots(backend):
+    step = Slots(backend)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, tokens in ((2, 9), (3, 33), (2, 150)):
+        gradients = []
+        for module in (compiled, step):
+            step.zero_grad()
+            out = module(*_slot_inputs(batch, tokens, backend))
+            (out[0].sum() + out[1].square().sum() + out[2].square().sum()).backward()
+            gradients.append((*(t.detach() for t in out), *(p.grad.clone() for p in step.parameters())))
+        assert agree(*gradients)
+
+
+@on_backends("slot_attention")
+def test_export_of_slots(backend):
+    module = Slots(backend)
+    batch, tokens = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("tokens", min=4, max=4096)
+    shapes = {"x": {0: batch, 1: tokens}, "noise": {0: batch}, "mask": {0: batch, 2: tokens}}
+    with torch.no_grad():
+        program = torch.export.export(module, _slot_inputs(2, 12, backend), dynamic_shapes=shapes)
+        assert _names_of(program) == {"slot_attention": backend}
+        for size in ((2, 12), (3, 19)):
+            assert agree(program.module()(*_slot_inputs(*size, backend)), module(*_slot_inputs(*size, backend)))
+
+
+@on_backends("slot_attention", gradient=True)
+def test_autocast_of_slots(backend):
+    """Half inputs are read as they are; slots and their weights are float32, where 1e-8 is not lost."""
+    device = device_for(backend).type
+    module = Slots(backend).attention
+    x, noise, _ = _slot_inputs(2, 9, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        half = torch.nn.functional.linear(x, torch.eye(8, device=x.device))
+        assert half.dtype == torch.bfloat16
+        slots = module(half, noise=noise, backend=backend)
+        assert slots.dtype == torch.float32
+        inside = torch.autograd.grad(slots.sum(), list(module.parameters()))
+    exact = module(half.float(), noise=noise, backend=backend)
+    outside = torch.autograd.grad(exact.sum(), list(module.parameters()))
+    for a, b in zip((slots, *inside), (exact, *outside), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.detach().abs().max())))
 
 
 def test_autocast():

@@ -47,7 +47,8 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
     """A finite Python number (bool is not one)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, because traced code has no math.isfinite of a number that it keeps symbolic.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number, got {value}")
     return float(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import torch
 
 from vidops._npz import read_npz
 from vidops.ops._backends import TRITON_INTERPRETED
+
+# Values computed in float64 and stored in float32: half a unit in the last place of the largest entry.
+STORED_FLOAT32 = 1e-7
 
 
 class Check(NamedTuple):
@@ -85,3 +89,30 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 def tag_of(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32"
+
+
+def state_of(case: Case, dtype: torch.dtype, prefix: str = "state.") -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): case.tensor(name, dtype) for name in case.arrays if name.startswith(prefix)
+    }
+
+
+def nonempty(checks: list[Check]) -> list[Check]:
+    """A case none of whose arrays was understood must not pass."""
+    return checks or [Check("arrays to compare", float("inf"), 0.0)]
+
+
+def gradient_checks(
+    case: Case, scalar: torch.Tensor, wanted: Mapping[str, torch.Tensor], limit: float, tag: str
+) -> list[Check]:
+    wanted = {key: tensor for key, tensor in wanted.items() if key in case.arrays}
+    if not wanted:
+        return []
+    found = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
+    checks = []
+    for (key, tensor), gradient in zip(wanted.items(), found, strict=True):
+        gradient = torch.zeros_like(tensor) if gradient is None else gradient
+        stored = case.arrays[key].dtype == np.float32 and tag == "float64"
+        error = relative_error(gradient, case.tensor(key, torch.float64))
+        checks.append(Check(f"{key} {tag}", error, max(limit, STORED_FLOAT32) if stored else limit))
+    return checks

@@ -13,34 +13,59 @@ import torch
 
 from vidops._registry import BACKENDS, NO_IMPLEMENTATION, OPS, BackendError
 from vidops.ops import _backends
-from vidops.validation import ssl_uvos_model, ssl_uvos_ops
+from vidops.validation import slot_attention, ssl_uvos_model, ssl_uvos_ops
 from vidops.validation.case import Case, Check, GoldenError
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How files of one kind are checked, and the ops a backend must have for it (default: all)."""
+    """How files of one kind are checked, and the ops a backend must have for it."""
 
     run: Callable[[Case, str], list[Check]]
-    ops: tuple[str, ...] = tuple(OPS)
+    ops: tuple[str, ...]
 
+
+# Ops of the ssl_uvos model: its attention, and the clustering of its maps.
+CLUSTER_OPS = (
+    "assign_clusters",
+    "assign_rows",
+    "attention_head_mean",
+    "greedy_absorb",
+    "greedy_absorb_kl",
+    "neighbour_mean",
+    "segment_mean",
+    "symmetric_kl",
+    "symmetric_kl_adjacency",
+)
+MODEL_OPS = (*CLUSTER_OPS, "video_attention")
+SLOT_OPS = ("slot_attention",)
 
 KINDS: dict[str, dict[str, Kind]] = {
+    "slot_attention": {
+        "bo_qsa": Kind(slot_attention.check_bo_qsa, SLOT_OPS),
+        "dinosaur": Kind(slot_attention.check_dinosaur, SLOT_OPS),
+        "learned_query": Kind(slot_attention.check_learned_query, SLOT_OPS),
+        "locatello": Kind(slot_attention.check_locatello, SLOT_OPS),
+        "lucidrains": Kind(slot_attention.check_lucidrains, SLOT_OPS),
+        "lucidrains_adaptive": Kind(slot_attention.check_lucidrains_adaptive, SLOT_OPS),
+        "lucidrains_multihead": Kind(slot_attention.check_lucidrains, SLOT_OPS),
+        "savi_sequence": Kind(slot_attention.check_savi_sequence, SLOT_OPS),
+    },
     "ssl_uvos": {
-        "cluster": Kind(ssl_uvos_ops.check_cluster, tuple(name for name in OPS if name != "video_attention")),
-        "davis_eval": Kind(ssl_uvos_model.check_davis_eval),
-        "e2e_model": Kind(ssl_uvos_model.check_e2e_model),
-        "encoder": Kind(ssl_uvos_model.check_encoder),
+        "cluster": Kind(ssl_uvos_ops.check_cluster, CLUSTER_OPS),
+        "davis_eval": Kind(ssl_uvos_model.check_davis_eval, MODEL_OPS),
+        "e2e_model": Kind(ssl_uvos_model.check_e2e_model, MODEL_OPS),
+        "encoder": Kind(ssl_uvos_model.check_encoder, MODEL_OPS),
         "greedy_absorb": Kind(ssl_uvos_ops.check_greedy_absorb, ("greedy_absorb", "segment_mean")),
         "kl_distance": Kind(ssl_uvos_ops.check_kl_distance, ("symmetric_kl",)),
-        "losses": Kind(ssl_uvos_model.check_losses),
-        "st_block": Kind(ssl_uvos_model.check_st_block),
+        "losses": Kind(ssl_uvos_model.check_losses, MODEL_OPS),
+        "st_block": Kind(ssl_uvos_model.check_st_block, MODEL_OPS),
     },
 }
 
 # Papers whose goldens exist and whose ops do not, yet: listed, and a failure only with --strict.
 LATER = (
-    "dclr internlm_xcomposer motion_inductive object_adapter slot_attention smtc songcomposer sta video_concepts "
+    "dclr internlm_xcomposer motion_inductive object_adapter smtc songcomposer sta video_concepts "
     "video_streaming"
 ).split()
 

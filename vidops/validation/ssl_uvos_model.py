@@ -7,7 +7,6 @@ everything the case holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,17 @@ from vidops import evaluation
 from vidops.models.ssl_uvos import SSLUVOS, SSLUVOSConfig
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, semantic_loss
 from vidops.models.vit import Block, DinoEncoder
-from vidops.validation.case import Check, device_of, dtypes, mismatches, relative_error, tag_of
+from vidops.validation.case import (
+    Check,
+    device_of,
+    dtypes,
+    gradient_checks,
+    mismatches,
+    nonempty,
+    relative_error,
+    state_of,
+    tag_of,
+)
 
 if TYPE_CHECKING:
     from vidops.validation import Case
@@ -25,8 +34,6 @@ if TYPE_CHECKING:
 FLOAT32_VALUES = 1e-4
 FLOAT32_GRADIENTS = 2e-4
 FLOAT64 = 1e-9
-# Values computed in float64 and stored in float32: half a unit in the last place of the largest entry.
-STORED_FLOAT32 = 1e-7
 
 
 def _numbered(case: Case, name: str) -> list[str]:
@@ -34,17 +41,6 @@ def _numbered(case: Case, name: str) -> list[str]:
     pattern = re.compile(re.escape(f"in.{name}") + r"(\d*)$")
     found = [match.group(1) for match in map(pattern.match, case.arrays) if match]
     return sorted(found, key=lambda suffix: (len(suffix), suffix))
-
-
-def _state(case: Case, dtype: torch.dtype, prefix: str = "state.") -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): case.tensor(name, dtype) for name in case.arrays if name.startswith(prefix)
-    }
-
-
-def _nonempty(checks: list[Check]) -> list[Check]:
-    """A case none of whose arrays was understood must not pass."""
-    return checks or [Check("arrays to compare", float("inf"), 0.0)]
 
 
 def _loaded(
@@ -56,7 +52,7 @@ def _loaded(
 
 def check_encoder(case: Case, backend: str) -> list[Check]:
     """Sheet 2.1: the four outputs and the position embedding, float32."""
-    state = _state(case, torch.float32)
+    state = state_of(case, torch.float32)
     heads = case.cfg("heads", None)
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
     stored = round((state["pos_embed"].shape[1] - 1) ** 0.5)
@@ -89,14 +85,14 @@ def check_encoder(case: Case, backend: str) -> list[Check]:
                 label = f"{name}{suffix} (keys only)" if value is keys else f"{name}{suffix}"
                 error = relative_error(value, case.tensor(key, torch.float64))
                 checks.append(Check(label, error, FLOAT32_VALUES))
-    return _nonempty(checks)
+    return nonempty(checks)
 
 
 def check_st_block(case: Case, backend: str) -> list[Check]:
     """Sheet 2.2: outputs, per-head and head-mean weights, gradients of sum(y*Ry) + sum(attn*Ra)."""
     checks = []
     for dtype in dtypes(backend):
-        state = _state(case, dtype)
+        state = state_of(case, dtype)
         dim = state["norm1.weight"].shape[0]
         block = Block(
             dim,
@@ -134,24 +130,8 @@ def check_st_block(case: Case, backend: str) -> list[Check]:
                     scalar = scalar + (value * case.tensor(key, dtype).to(value.device)).sum()
         if scalar.requires_grad:
             wanted = {f"grad.{name}": parameter for name, parameter in block.named_parameters()} | inputs
-            checks += _gradients(case, scalar, wanted, limits[1], tag_of(dtype))
-    return _nonempty(checks)
-
-
-def _gradients(
-    case: Case, scalar: torch.Tensor, wanted: Mapping[str, torch.Tensor], limit: float, tag: str
-) -> list[Check]:
-    wanted = {key: tensor for key, tensor in wanted.items() if key in case.arrays}
-    if not wanted:
-        return []
-    found = torch.autograd.grad(scalar, list(wanted.values()), allow_unused=True)
-    checks = []
-    for (key, tensor), gradient in zip(wanted.items(), found, strict=True):
-        gradient = torch.zeros_like(tensor) if gradient is None else gradient
-        stored = case.arrays[key].dtype == np.float32 and tag == "float64"
-        error = relative_error(gradient, case.tensor(key, torch.float64))
-        checks.append(Check(f"{key} {tag}", error, max(limit, STORED_FLOAT32) if stored else limit))
-    return checks
+            checks += gradient_checks(case, scalar, wanted, limits[1], tag_of(dtype))
+    return nonempty(checks)
 
 
 def _loss_settings(case: Case) -> LossSettings:
@@ -185,16 +165,16 @@ def check_losses(case: Case, backend: str) -> list[Check]:
             if key in case.arrays:
                 error = relative_error(value, case.tensor(key, torch.float64))
                 checks.append(Check(f"{key.removeprefix('out.')} {tag_of(dtype)}", error, limits[0]))
-        checks += _gradients(case, semantic, {"grad.slot": slot}, limits[1], tag_of(dtype))
-        checks += _gradients(case, motion, {"grad.motion_mask": attention}, limits[1], tag_of(dtype))
-    return _nonempty(checks)
+        checks += gradient_checks(case, semantic, {"grad.slot": slot}, limits[1], tag_of(dtype))
+        checks += gradient_checks(case, motion, {"grad.motion_mask": attention}, limits[1], tag_of(dtype))
+    return nonempty(checks)
 
 
 def check_e2e_model(case: Case, backend: str) -> list[Check]:
     """Everything: training forward, losses and gradients of the block, and the segmentation of a video."""
     checks = []
     for dtype in dtypes(backend):
-        state = _state(case, dtype)
+        state = state_of(case, dtype)
         config = SSLUVOSConfig.from_state_dict(
             state,
             encoder_heads=int(case.cfg("heads", 3)),
@@ -205,7 +185,7 @@ def check_e2e_model(case: Case, backend: str) -> list[Check]:
         _loaded(model, state, backend, dtype)
         checks += _check_clip(case, model, backend, dtype)
         checks += _check_video(case, model, backend, dtype)
-    return _nonempty(checks)
+    return nonempty(checks)
 
 
 def _check_clip(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) -> list[Check]:
@@ -234,7 +214,7 @@ def _check_clip(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) ->
             error = relative_error(value, case.tensor(key, torch.float64))
             checks.append(Check(f"{key.removeprefix('out.')} {tag_of(dtype)}", error, limits[0]))
     wanted = {f"grad.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    return checks + _gradients(case, losses.total, wanted, limits[1], tag_of(dtype))
+    return checks + gradient_checks(case, losses.total, wanted, limits[1], tag_of(dtype))
 
 
 def _check_video(case: Case, model: SSLUVOS, backend: str, dtype: torch.dtype) -> list[Check]:
@@ -305,4 +285,4 @@ def check_davis_eval(case: Case, backend: str) -> list[Check]:
     ):
         if f"out.{name}" in arrays:
             checks.append(Check(name, mismatches(indices, arrays[f"out.{name}"]), 0.0))
-    return _nonempty(checks)
+    return nonempty(checks)

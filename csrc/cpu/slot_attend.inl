@@ -1,0 +1,393 @@
+// Inner loops of slot attention; a part of kernels.inl, in its namespaces. See SlotKernels for what each does.
+
+constexpr int64_t kPitch = kSlotTile;
+
+template <int... I>
+struct Sequence {};
+
+// Shuffles within lanes of 128 bits, the cheap ones. An index counts through a and then b.
+template <class T>
+struct Shuffles {
+  static constexpr int W = Lanes<T>::W;
+  static constexpr int E = 16 / sizeof(T);  // elements of a lane
+  using V = typename Lanes<T>::V;
+  using Element = decltype(V{} < V{});
+
+  static constexpr int low(int l) { return l / E * E + l % E / 2 + l % 2 * W; }
+  static constexpr int high(int l) { return low(l) + E / 2; }
+  static constexpr int low_pair(int l) { return l / E * E + l % 2 + l % E / 2 * W; }
+  static constexpr int high_pair(int l) { return low_pair(l) + 2; }
+
+  template <int (*Index)(int), int... I>
+  static VIDOPS_INLINE V run(V a, V b, Sequence<I...>) {
+    return __builtin_shuffle(a, b, Element{Index(I)...});
+  }
+  template <int (*Index)(int)>
+  static VIDOPS_INLINE V of(V a, V b) {
+    return run<Index>(a, b, Sequence<__integer_pack(W)...>{});
+  }
+};
+
+// Every lane from a row of its own, E rows apart.
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V load_lanes(const T* const* rows, int64_t d) {
+  constexpr int E = Shuffles<T>::E;
+#if defined(VIDOPS_HAS_AVX512)
+  auto lane = [&](int l) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows[E * l] + d)); };
+  __m512 v = _mm512_castps128_ps512(lane(0));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00f0, lane(1));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0f00, lane(2));
+  v = _mm512_mask_broadcast_f32x4(v, 0xf000, lane(3));
+  return reinterpret_cast<typename Lanes<T>::V>(v);
+#elif VIDOPS_VECTOR_BYTES == 32
+  auto lane = [&](int l) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows[E * l] + d)); };
+  return reinterpret_cast<typename Lanes<T>::V>(_mm256_insertf128_ps(_mm256_castps128_ps256(lane(0)), lane(1), 1));
+#else
+  static_assert(Lanes<T>::W == E);
+  return load(rows[0] + d);
+#endif
+}
+
+// columns[c][r] = rows[r][d + c] for the E columns of one lane.
+template <class T>
+VIDOPS_INLINE void transpose_lane(const T* const* rows, int64_t d, typename Lanes<T>::V* columns) {
+  using S = Shuffles<T>;
+  using V = typename Lanes<T>::V;
+  const V a = load_lanes(rows, d), b = load_lanes(rows + 1, d);
+  const V low = S::template of<S::low>(a, b), high = S::template of<S::high>(a, b);
+  if constexpr (S::E == 2) {
+    columns[0] = low, columns[1] = high;
+  } else {
+    const V c = load_lanes(rows + 2, d), e = load_lanes(rows + 3, d);
+    const V low2 = S::template of<S::low>(c, e), high2 = S::template of<S::high>(c, e);
+    columns[0] = S::template of<S::low_pair>(low, low2);
+    columns[1] = S::template of<S::high_pair>(low, low2);
+    columns[2] = S::template of<S::low_pair>(high, high2);
+    columns[3] = S::template of<S::high_pair>(high, high2);
+  }
+}
+
+template <class T>
+void slot_strip(const SlotStrip<T>& given) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W, E = Shuffles<T>::E;
+  const SlotStrip<T> s = given;
+  const V centre = s.mean ? load(s.mean) : V{}, scale = s.rstd ? load(s.rstd) : splat(T(1));
+  const T* source[W];
+  for (int r = 0; r < W; ++r) source[r] = s.x + (r < s.count ? r : s.count - 1) * s.pitch;
+  T* out = s.columns;
+  int64_t d = 0;
+  V v[E];
+  for (; d + E <= s.width; d += E) {
+    transpose_lane(source, d, v);
+#pragma GCC unroll 4
+    for (int c = 0; c < E; ++c, out += s.column_pitch) store(out, (v[c] - centre) * scale);
+  }
+  if (d == s.width) return;
+  T part[W][E] = {};
+  const T* edge[W];
+  for (int r = 0; r < W; ++r) {
+    edge[r] = part[r];
+    for (int64_t c = d; c < s.width; ++c) part[r][c - d] = source[r][c];
+  }
+  transpose_lane<T>(edge, 0, v);
+  for (int c = 0; d < s.width; ++d, ++c, out += s.column_pitch) store(out, (v[c] - centre) * scale);
+}
+
+// Calls Op<T, rows>::run, 1 <= rows <= R.
+template <template <class, int> class Op, class T, int R, class... A>
+VIDOPS_INLINE void with_rows(int64_t rows, A... arguments) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<Op, T, R - 1>(rows, arguments...);
+  }
+  Op<T, R>::run(arguments...);
+}
+
+// Cuts `rows` into the fewest blocks of at most MR, of equal size up to one.
+template <class T, class F>
+VIDOPS_INLINE void for_blocks(int64_t rows, F&& body) {
+  constexpr int MR = Lanes<T>::MR;
+  const int64_t blocks = (rows + MR - 1) / MR;
+  for (int64_t block = 0, first = 0; block < blocks; ++block) {
+    const int64_t count = rows / blocks + (block < rows % blocks);
+    body(block, first, count);
+    first += count;
+  }
+}
+
+template <class T>
+constexpr int64_t block_pitch() {
+  return (Lanes<T>::MR + Lanes<T>::W - 1) / Lanes<T>::W * Lanes<T>::W;
+}
+
+template <class T>
+void slot_pack_left(const T* x, int64_t rows, int64_t width, T* packed) {
+  constexpr int W = Lanes<T>::W;
+  for_blocks<T>(rows, [&](int64_t block, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; r += W)
+      slot_strip<T>({x + (first + r) * width, width, count - r, width, nullptr, nullptr,
+                     packed + block * width * block_pitch<T>() + r, block_pitch<T>()});
+  });
+}
+
+template <class T, int R>
+struct DotsBlock {
+  static void run(int64_t depth, const T* left, const T* bias, const T* right, const T* ahead, int64_t ahead_pitch,
+                  T* map) {
+    using L = Lanes<T>;
+    typename L::V acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = splat(bias[r]);
+    for (int64_t d = 0; d < depth; ++d, left += block_pitch<T>(), right += L::NR) {
+      const T* next = ahead + d % L::NR * ahead_pitch + d / L::NR * L::NR;
+      __builtin_prefetch(next);
+      if constexpr (2 * VIDOPS_VECTOR_BYTES > 64) __builtin_prefetch(next + L::W);
+      const typename L::V b0 = load(right), b1 = load(right + L::W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename L::V a = splat(left[r]);
+        acc[r][0] += a * b0;
+        acc[r][1] += a * b1;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      store(map + r * kPitch, acc[r][0]);
+      store(map + r * kPitch + L::W, acc[r][1]);
+    }
+  }
+};
+
+template <class T>
+void slot_dots(int64_t rows, int64_t depth, const T* left, const T* bias, int64_t tokens, const T* right,
+               const T* ahead, int64_t ahead_pitch, T* map) {
+  using L = Lanes<T>;
+  for (int64_t j = 0; j < tokens; j += L::NR, right += depth * L::NR)
+    for_blocks<T>(rows, [&](int64_t block, int64_t first, int64_t count) {
+      const bool fetch = block == 0;  // the other blocks fetch what they have
+      with_rows<DotsBlock, T, L::MR>(count, depth, left + block * depth * block_pitch<T>(), bias + first, right,
+                                     fetch ? ahead + j * ahead_pitch : right, fetch ? ahead_pitch : 0,
+                                     map + first * kPitch + j);
+    });
+}
+
+template <class T, int R>
+struct SumBlock {
+  static void run(int64_t tokens, const T* map, const T* centre, const T* x, int64_t pitch, T* out, int64_t out_pitch) {
+    using L = Lanes<T>;
+    typename L::V acc[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      acc[r][0] = load(out + r * out_pitch), acc[r][1] = load(out + r * out_pitch + L::W);
+    for (int64_t j = 0; j < tokens; ++j, ++map, x += pitch) {
+      const typename L::V b0 = load(x) - splat(centre[j]), b1 = load(x + L::W) - splat(centre[j]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename L::V a = splat(map[r * kPitch]);
+        acc[r][0] += a * b0;
+        acc[r][1] += a * b1;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      store(out + r * out_pitch, acc[r][0]);
+      store(out + r * out_pitch + L::W, acc[r][1]);
+    }
+  }
+};
+
+template <class T>
+void slot_sum(int64_t rows, int64_t tokens, const T* map, const T* centre, const T* x, int64_t pitch, int64_t width,
+              T* out, int64_t out_pitch) {
+  using L = Lanes<T>;
+  for (int64_t c = 0; c < width; c += L::NR)
+    for_blocks<T>(rows, [&](int64_t, int64_t first, int64_t count) {
+      with_rows<SumBlock, T, L::MR>(count, tokens, map + first * kPitch, centre, x + c, pitch,
+                                    out + first * out_pitch + c, out_pitch);
+    });
+}
+
+template <class T, int R>
+struct SpreadBlock {
+  static void run(int64_t rows, const T* map, const T* left, int64_t left_pitch, T* grad, int64_t pitch,
+                  int64_t width) {
+    using L = Lanes<T>;
+    typename L::V acc[R][2] = {};
+    for (int64_t i = 0; i < rows; ++i, map += kPitch, left += left_pitch) {
+      const typename L::V b0 = load(left), b1 = load(left + L::W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename L::V a = splat(map[r]);
+        acc[r][0] += a * b0;
+        acc[r][1] += a * b1;
+      }
+    }
+    if (width >= L::NR) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, grad += pitch) {
+        store(grad, load(grad) + acc[r][0]);
+        store(grad + L::W, load(grad + L::W) + acc[r][1]);
+      }
+      return;
+    }
+    T part[R][L::NR];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(part[r], acc[r][0]), store(part[r] + L::W, acc[r][1]);
+    for (int r = 0; r < R; ++r, grad += pitch)
+      for (int64_t c = 0; c < width; ++c) grad[c] += part[r][c];
+  }
+};
+
+template <class T>
+void slot_spread(int64_t rows, int64_t tokens, const T* map, const T* left, int64_t left_pitch, int64_t width,
+                 T* grad, int64_t pitch) {
+  using L = Lanes<T>;
+  for (int64_t c = 0; c < width; c += L::NR)
+    for_blocks<T>(tokens, [&](int64_t, int64_t first, int64_t count) {
+      with_rows<SpreadBlock, T, L::MR>(count, rows, map + first, left + c, left_pitch, grad + first * pitch + c, pitch,
+                                       width - c);
+    });
+}
+
+VIDOPS_INLINE Lanes<float>::V exponential(Lanes<float>::V x) { return exp_vector(x); }
+VIDOPS_INLINE Lanes<double>::V exponential(Lanes<double>::V x) {
+  for (int l = 0; l < Lanes<double>::W; ++l) x[l] = __builtin_exp(x[l]);
+  return x;
+}
+
+// The lanes before `count`; the others zero, whatever they hold.
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V first_lanes(typename Lanes<T>::V v, int64_t count) {
+  if (count >= Lanes<T>::W) return v;
+  typename Lanes<T>::V lane;
+  for (int l = 0; l < Lanes<T>::W; ++l) lane[l] = T(l);
+  return lane < splat(T(count)) ? v : typename Lanes<T>::V{};
+}
+
+// Leaves the exponentials of one vector of tokens in place of its dots; returns what makes them a softmax.
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V exponentials(T* map, int64_t rows) {
+  using V = typename Lanes<T>::V;
+  V top = load(map), sum = {};
+  for (int64_t r = 1; r < rows; ++r) {
+    const V x = load(map + r * kPitch);
+    top = x > top ? x : top;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const V e = exponential(load(map + r * kPitch) - top);
+    store(map + r * kPitch, e);
+    sum += e;
+  }
+  return splat(T(1)) / sum;
+}
+
+template <class T>
+void slot_softmax(const SlotSoftmax<T>& given) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W;
+  const SlotSoftmax<T> s = given;
+  for (int64_t j = 0; j < s.tokens; j += W) {
+    const V inverse = exponentials<T>(s.map + j, s.rows), rstd = load(s.rstd + j);
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const V a = load(s.map + r * kPitch + j) * inverse;
+      if (s.attn) store(s.attn + r * kPitch + j, a);
+      V w = a + splat(s.eps);
+      if (s.mask) w *= load(s.mask[r] + j);
+      w = first_lanes<T>(w, s.tokens - j);
+      store(s.map + r * kPitch + j, w * rstd);
+      store(s.total + r * W, load(s.total + r * W) + w);
+    }
+  }
+}
+
+template <class T>
+void slot_softmax_grad(const SlotSoftmaxGrad<T>& given) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W;
+  const SlotSoftmaxGrad<T> s = given;
+  for (int64_t j = 0; j < s.tokens; j += W) {
+    const V inverse = exponentials<T>(s.map + j, s.rows), rstd = load(s.rstd + j);
+    V sum = {};
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const int64_t at = r * kPitch + j;
+      const V a = load(s.map + at) * inverse;
+      V g = load(s.grad + at);
+      if (s.mask) g *= load(s.mask[r] + j);
+      if (s.grad_attn) g += load(s.grad_attn + at);
+      store(s.map + at, a);
+      store(s.grad + at, g);
+      sum += a * g;
+    }
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const int64_t at = r * kPitch + j;
+      const V a = load(s.map + at);
+      V g = a * (load(s.grad + at) - sum);
+      if (s.grad_dots) g += load(s.grad_dots + at);
+      V w = a + splat(s.eps);
+      if (s.mask) w *= load(s.mask[r] + j);
+      store(s.map + at, g);
+      store(s.scaled + at, g * rstd);
+      store(s.grad + at, w);
+      store(s.total + r * W, load(s.total + r * W) + first_lanes<T>(g, s.tokens - j));
+    }
+  }
+}
+
+// Over each of W rows, one lane a row: the sum; with `centre`, of the squared distances from the row's centre.
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V moment_term(typename Lanes<T>::V x, const T* centre, int row) {
+  if (!centre) return x;
+  const typename Lanes<T>::V distance = x - splat(centre[row]);
+  return distance * distance;
+}
+template <class T>
+VIDOPS_INLINE typename Lanes<T>::V row_sums(const T* const* rows, int64_t width, const T* centre) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W, E = Shuffles<T>::E;
+  T part[W][W];
+  const T* parts[W];
+  for (int r = 0; r < W; ++r) {
+    const T* x = rows[r];
+    V s0 = {}, s1 = {};
+    int64_t c = 0;
+    for (; c + 2 * W <= width; c += 2 * W) {
+      s0 += moment_term(load(x + c), centre, r);
+      s1 += moment_term(load(x + c + W), centre, r);
+    }
+    for (; c < width; c += W) {
+      T rest[W] = {};
+      for (int l = 0; l < W && c + l < width; ++l) rest[l] = x[c + l];
+      s1 += first_lanes<T>(moment_term(load(rest), centre, r), width - c);
+    }
+    store(part[r], s0 + s1);
+    parts[r] = part[r];
+  }
+  V sum = {}, v[E];
+  for (int d = 0; d < W; d += E) {
+    transpose_lane<T>(parts, d, v);
+    for (int c = 0; c < E; ++c) sum += v[c];
+  }
+  return sum;
+}
+
+template <class T>
+void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W;
+  const T* rows[W];
+  for (int r = 0; r < W; ++r) rows[r] = x + (r < count ? r : count - 1) * pitch;
+  T centre[W], variance[W];
+  store(centre, row_sums<T>(rows, width, nullptr) / splat(T(width)));
+  const V square = row_sums<T>(rows, width, centre);
+  store(variance, square / splat(T(width)) + splat(eps));
+  for (int r = 0; r < count; ++r) {
+    mean[r] = centre[r];
+    rstd[r] = T(1 / __builtin_sqrt(double(variance[r])));
+  }
+}
+
+template <class T>
+constexpr SlotKernels<T> slot_table() {
+  return {Lanes<T>::W,    Lanes<T>::NR, Lanes<T>::MR,    block_pitch<T>(),     slot_strip<T>,  slot_pack_left<T>,
+          slot_dots<T>,   slot_sum<T>,  slot_spread<T>, slot_softmax<T>, slot_softmax_grad<T>, slot_moments<T>};
+}
