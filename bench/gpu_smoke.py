@@ -123,15 +123,24 @@ def cases(through: torch.dtype) -> dict[str, Case]:
             results += [out.detach(), dots.detach(), attn.detach(), *(leaf.grad for leaf in leaves.values())]
         return results
 
+    def label_propagation(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        features = torch.nn.functional.normalize(_normal(4, 36, D, seed=5), dim=-1).to(through).to(device, dtype)
+        labels = _normal(3, 36, K, seed=6).softmax(-1).float().to(device, _wide(dtype))
+        return [
+            vidops.label_propagation(
+                features[0], features[1:], labels, (4, 9), top_k=5, radius=2.5, repeats=2, backend=backend
+            )
+        ]
+
     every = (
         attention_head_mean, video_attention, symmetric_kl, symmetric_kl_adjacency, neighbour_mean, greedy_absorb,
-        greedy_absorb_kl, segment_mean, assign_clusters, assign_rows, slot_attention,
+        greedy_absorb_kl, segment_mean, assign_clusters, assign_rows, slot_attention, label_propagation,
     )  # fmt: skip
     return {case.__name__: case for case in every}
 
 
-# Ops on queries and keys take halves as they are; maps are widened before a kernel sees them.
-HALF_OPS = ("attention_head_mean", "video_attention", "assign_clusters", "slot_attention")
+# Ops on queries, keys and features take halves as they are; maps are widened before a kernel sees them.
+HALF_OPS = ("attention_head_mean", "video_attention", "assign_clusters", "slot_attention", "label_propagation")
 LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

@@ -52,6 +52,7 @@ def calls() -> dict[str, Calls]:
     log_p = p.log()
     adjacency = vidops.pack_adjacency(torch.eye(4, dtype=torch.bool))
     label = torch.zeros(4, dtype=torch.int64)
+    frame, context, soft = torch.rand(4, 8), torch.rand(1, 4, 8), torch.rand(1, 4, 2)
     many, lse, maps, log_maps = q[None], torch.zeros(1, 4), p[None], log_p[None]
     tiny = torch.finfo(p.dtype).tiny
     f = vidops
@@ -83,6 +84,10 @@ def calls() -> dict[str, Calls]:
         "assign_rows": (
             lambda: f.assign_rows(p, p, log_p=log_p),
             lambda: (p, log_p, p, p.clamp_min(tiny).log()),
+        ),
+        "label_propagation": (
+            lambda: f.label_propagation(frame, context, soft, (2, 2), top_k=1),
+            lambda: (frame, context, soft, 2, 2, 7.0, 1, 0.2, 1, 0),
         ),
     }
     return {name: _calls(name, ours, arguments) for name, (ours, arguments) in table.items()}

@@ -10,6 +10,7 @@
 #include "vidops/cpu_isa.h"
 #include "vidops/greedy_absorb.h"
 #include "vidops/greedy_absorb_kl.h"
+#include "vidops/label_propagation.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
@@ -190,6 +191,17 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     vidops::token_statistics_cpu(a, threads);
   });
+  m.def("label_propagation_forward_cpu",
+        [](capsule query, capsule context, capsule labels, capsule out, capsule index, capsule weight, int64_t width,
+           int64_t limit, double temperature, int64_t unrestricted, int64_t repeats, int threads) {
+          vidops::LabelPropagationParams a;
+          a.query = view(query), a.context = view(context), a.labels = view(labels);
+          a.out = view(out), a.index = view(index), a.weight = view(weight);
+          a.width = width, a.limit = limit, a.temperature = temperature;
+          a.unrestricted = unrestricted, a.repeats = repeats;
+          py::gil_scoped_release release;
+          vidops::label_propagation_forward_cpu(a, threads);
+        });
 
 #ifdef VIDOPS_WITH_CUDA
   vidops::bindings::bind_cuda(m);

@@ -9,11 +9,26 @@
 #include "vidops/greedy_absorb_kl.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
+#include "vidops/slot_attend_cuda.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
 
 namespace vidops::bindings {
+namespace {
+
+// Masks, mean and rstd may be empty.
+SlotAttendCudaInputs slot_attend_inputs(const pybind11::capsule& keys, const pybind11::capsule& values,
+                                        const pybind11::capsule& mean, const pybind11::capsule& rstd,
+                                        const pybind11::capsule& q, const pybind11::capsule& c,
+                                        const pybind11::capsule& token_mask, const pybind11::capsule& slot_mask) {
+  SlotAttendCudaInputs in;
+  in.keys = view(keys), in.values = view(values), in.mean = view(mean), in.rstd = view(rstd);
+  in.q = view(q), in.c = view(c), in.token_mask = view(token_mask), in.slot_mask = view(slot_mask);
+  return in;
+}
+
+}  // namespace
 
 void bind_cuda(pybind11::module_& m) {
   namespace py = pybind11;
@@ -26,6 +41,13 @@ void bind_cuda(pybind11::module_& m) {
   m.def("greedy_absorb_workspace_cuda", &greedy_absorb_workspace_cuda);
   m.def("neighbour_mean_workspace_cuda", &neighbour_mean_workspace_cuda);
   m.def("segment_mean_workspace_cuda", &segment_mean_workspace_cuda);
+  m.def("slot_attend_workspace_cuda",
+        [](int64_t batch, int64_t heads, int64_t slots, int64_t n, int64_t dk, int64_t dv, int64_t key_heads,
+           int64_t value_heads, int64_t groups, int64_t width, bool joint, bool shared, bool backward, int device) {
+          const SlotAttendCudaSizes sizes{batch,       heads,  slots, n,     dk,    dv,
+                                          key_heads, value_heads, groups, width, joint, shared};
+          return slot_attend_workspace_cuda(sizes, backward, device);
+        });
   m.def("symmetric_kl_adjacency_workspace_cuda", &symmetric_kl_adjacency_workspace_cuda);
   m.def("symmetric_kl_workspace_cuda", &symmetric_kl_workspace_cuda);
   m.def("video_attention_workspace_cuda", &video_attention_workspace_cuda);
@@ -105,6 +127,34 @@ void bind_cuda(pybind11::module_& m) {
           py::gil_scoped_release release;
           segment_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
+  m.def("slot_attend_forward_cuda",
+        [](capsule keys, capsule values, capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask,
+           capsule slot_mask, capsule num, capsule den, capsule dots, capsule attn, capsule workspace, int64_t groups,
+           bool joint, double eps, int device, uintptr_t stream) {
+          SlotAttendCudaParams a;
+          a.in = slot_attend_inputs(keys, values, mean, rstd, q, c, token_mask, slot_mask);
+          a.in.workspace = view(workspace);
+          a.in.groups = groups, a.in.joint = joint, a.in.eps = eps;
+          a.num = view(num), a.den = view(den), a.dots = view(dots), a.attn = view(attn);
+          py::gil_scoped_release release;
+          slot_attend_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("slot_attend_backward_cuda",
+        [](capsule grad_num, capsule grad_den, capsule grad_dots, capsule grad_attn, capsule keys, capsule values,
+           capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask, capsule slot_mask, capsule grad_keys,
+           capsule grad_values, capsule grad_q, capsule grad_c, capsule workspace, int64_t groups, bool joint,
+           double eps, int device, uintptr_t stream) {
+          SlotAttendCudaBackwardParams a;
+          a.in = slot_attend_inputs(keys, values, mean, rstd, q, c, token_mask, slot_mask);
+          a.in.workspace = view(workspace);
+          a.in.groups = groups, a.in.joint = joint, a.in.eps = eps;
+          a.grad_num = view(grad_num), a.grad_den = view(grad_den);
+          a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
+          a.grad_keys = view(grad_keys), a.grad_values = view(grad_values);
+          a.grad_q = view(grad_q), a.grad_c = view(grad_c);
+          py::gil_scoped_release release;
+          slot_attend_backward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
   m.def("symmetric_kl_forward_cuda",
         [](capsule p, capsule log_p, capsule q, capsule log_q, capsule distance, capsule workspace, bool same,
            int device, uintptr_t stream) {
@@ -122,6 +172,13 @@ void bind_cuda(pybind11::module_& m) {
           a.workspace = view(workspace), a.tau = tau, a.filtered = filtered;
           py::gil_scoped_release release;
           symmetric_kl_adjacency_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("token_statistics_cuda",
+        [](capsule x, capsule mean, capsule rstd, double eps, int device, uintptr_t stream) {
+          TokenStatisticsCudaParams a;
+          a.x = view(x), a.mean = view(mean), a.rstd = view(rstd), a.eps = eps;
+          py::gil_scoped_release release;
+          token_statistics_cuda(a, device, reinterpret_cast<void*>(stream));
         });
   m.def("video_attention_forward_cuda",
         [](capsule q, capsule k, capsule v, capsule out, capsule map, capsule lse, capsule workspace, double scale,

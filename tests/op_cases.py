@@ -71,7 +71,7 @@ NAMES = [
 NAMES += [
     f"{name} {dtype}"
     for name in NAMES
-    if "attention" in name or name == "assign_clusters"
+    if "attention" in name or name in ("assign_clusters", "label_propagation")
     for dtype in HALVES
 ]
 
@@ -95,6 +95,10 @@ def case(name: str, backend: str) -> OpCase:
     grad_distance = heads(2, n, 5, seed=7, on=backend)
     if op == "slot_attention":
         return OpCase(op, gradient, *_slot_attention(gradient, n, dtype, backend))
+    # A grid of one row under the interpreter, of seven otherwise; the first context frame counts twice where near.
+    rows_of, across = (1, n) if INTERPRETED else (7, 10)
+    frame, *context = heads(4, rows_of * across, 13, dtype=dtype, seed=8, on=backend)
+    soft = maps(3 * rows_of * across, 5, seed=9, on=backend).view(3, -1, 5)
     calls: dict[str, tuple[Tensors, tuple[Any, ...]]] = {
         "attention_head_mean": ((q, k), (0.3, 0.0, 0, True)),
         "attention_head_mean_backward": ((grad_map, q, k, lse), (0.3, 0.0, 0)),
@@ -109,6 +113,7 @@ def case(name: str, backend: str) -> OpCase:
         "segment_mean": ((p, label), (6,)),
         "assign_clusters": ((q[1], k[1], lse[1], p_head[1, ::7], log_p_head[1, ::7]), (0.3,)),
         "assign_rows": ((p, p.log(), x, x.log()), ()),
+        "label_propagation": ((frame, torch.stack(context), soft), (rows_of, across, 2.5, 4, 0.2, 1, 1)),
     }
     tensors, scalars = calls[name]
     return OpCase(op, gradient, tensors, scalars)

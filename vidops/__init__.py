@@ -20,6 +20,7 @@ from vidops.ops.hierarchical_cluster import (  # noqa: E402
     hierarchical_cluster,
     hierarchical_cluster_map,
 )
+from vidops.ops.label_propagation import Matches, label_propagation, propagate_labels  # noqa: E402
 from vidops.ops.neighbour_mean import neighbour_mean  # noqa: E402
 from vidops.ops.segment_mean import segment_mean  # noqa: E402
 from vidops.ops.slot_attention import slot_attention, slot_step  # noqa: E402
@@ -38,6 +39,7 @@ __all__ = [
     "BackendError",
     "Clusters",
     "Explanation",
+    "Matches",
     "SlotParams",
     "assign_clusters",
     "assign_rows",
@@ -48,9 +50,11 @@ __all__ = [
     "greedy_absorb_kl",
     "hierarchical_cluster",
     "hierarchical_cluster_map",
+    "label_propagation",
     "neighbour_mean",
     "nn",
     "pack_adjacency",
+    "propagate_labels",
     "segment_mean",
     "slot_attention",
     "slot_step",

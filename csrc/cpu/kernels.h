@@ -47,6 +47,7 @@ struct Gemm {
   void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
 };
 
+constexpr int kMaxDots = 4;  // no tile of dot products is higher or wider
 // Slot attention works on tiles of up to kSlotTile tokens. A map is (rows, kSlotTile), a row being one slot of one
 // head; columns beyond the tile's tokens, up to a multiple of `lanes`, hold copies of its last token.
 constexpr int64_t kSlotTile = 64;
@@ -123,6 +124,10 @@ struct Kernels {
   void (*scaled_copy)(T a, const T* x, T* y, int64_t n);  // y = a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);         // y += a x
   T (*dot)(const T* x, const T* y, int64_t n);
+  // The dot products of dot_rows rows a with dot_columns rows b, n elements each, row-major; the order of each sum
+  // depends on n alone.
+  int dot_rows, dot_columns;
+  void (*dots)(const T* const* a, const T* const* b, int64_t n, T* out);
   // sum (p-q)(lp-lq), and the sum of the magnitudes of its terms: the scale of its rounding error
   T (*pair)(const T* p, const T* lp, const T* q, const T* lq, int64_t n, T* magnitude);
   double (*pair64)(const T* p, const T* lp, const T* q, const T* lq, int64_t n);

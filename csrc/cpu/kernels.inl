@@ -275,6 +275,63 @@ T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
+// Of two vectors that hold sums with LEFT lanes each still to be added: the same with half as many, x before y.
+template <class T, int LEFT>
+VIDOPS_INLINE typename Lanes<T>::V fold(typename Lanes<T>::V x, typename Lanes<T>::V y) {
+  decltype(x < y) low, high;
+  for (int i = 0; i < Lanes<T>::W; ++i) {
+    low[i] = i / (LEFT / 2) * LEFT + i % (LEFT / 2);
+    high[i] = low[i] + LEFT / 2;
+  }
+  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, high);
+}
+// LEFT vectors with LEFT lanes per sum: at first each is one sum, at last one holds them all, in order.
+template <class T, int LEFT>
+VIDOPS_INLINE typename Lanes<T>::V lane_sums(const typename Lanes<T>::V* v) {
+  if constexpr (LEFT == 1) {
+    return v[0];
+  } else {
+    typename Lanes<T>::V half[LEFT / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < LEFT / 2; ++i) half[i] = fold<T, LEFT>(v[2 * i], v[2 * i + 1]);
+    return lane_sums<T, LEFT / 2>(half);
+  }
+}
+
+constexpr int kDotRows = VIDOPS_VECTOR_BYTES == 64 ? 4 : 2;  // as many sums as registers hold
+constexpr int kDotColumns = 4;
+
+template <class T>
+void dots(const T* const* a, const T* const* b, int64_t n, T* out) {
+  using L = Lanes<T>;
+  typename L::V sum[kDotRows * kDotColumns] = {};
+  auto add = [&](const T* const* rows, const T* const* columns, int64_t i) __attribute__((always_inline)) {
+    typename L::V x[kDotRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotRows; ++r) x[r] = load(rows[r] + i);
+#pragma GCC unroll 4
+    for (int c = 0; c < kDotColumns; ++c) {
+      const typename L::V y = load(columns[c] + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kDotRows; ++r) sum[r * kDotColumns + c] += x[r] * y;
+    }
+  };
+  int64_t i = 0;
+  for (; i + L::W <= n; i += L::W) add(a, b, i);
+  if (i < n) {
+    T part[kDotRows + kDotColumns][L::W] = {};
+    const T* end[kDotRows + kDotColumns];
+    for (int v = 0; v < kDotRows + kDotColumns; ++v) {
+      const T* row = v < kDotRows ? a[v] : b[v - kDotRows];
+      for (int64_t c = i; c < n; ++c) part[v][c - i] = row[c];
+      end[v] = part[v];
+    }
+    add(end, end + kDotRows, 0);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kDotRows * kDotColumns; v += L::W) store(out + v, lane_sums<T, L::W>(sum + v));
+}
+
 template <class T>
 VIDOPS_INLINE typename Lanes<T>::V magnitude_of(typename Lanes<T>::V v) {
   return v < splat(T(0)) ? -v : v;
@@ -513,6 +570,9 @@ constexpr Kernels<T> make_table() {
           scaled_copy<T>,
           axpy<T>,
           dot<T>,
+          kDotRows,
+          kDotColumns,
+          dots<T>,
           pair<T>,
           pair64<T>,
           row_stats<T>,

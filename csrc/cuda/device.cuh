@@ -165,6 +165,15 @@ VIDOPS_DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2
                              : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                              : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));)
 
+// c (16x8, fp32) += a (16x8, row) b (8x8, col) of float32 values of which the upper 19 bits count. Lane 4g+t has the
+// elements (g,t), (g+8,t), (g,t+4), (g+8,t+4) of a, and of b (t,g), (t+4,g).
+VIDOPS_DEVICE void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2])
+    VIDOPS_BODY(shim::multiply_add_tf32(c, a, b);,
+                asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                             "{%8,%9}, {%0,%1,%2,%3};"
+                             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));)
+
 // --- products of a warpgroup: four warps, from a thread number divisible by 128 (sm_90a) ------------------------------
 // Other targets compile kernels without them, under the same names.
 #if defined(VIDOPS_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

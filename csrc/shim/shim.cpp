@@ -328,6 +328,26 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   }
 }
 
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Machine& m = machine();
+  Fiber& f = *m.current;
+  Exchange& e = m.exchange[f.warp()];
+  const unsigned slot = f.phase;
+  const int lane = f.lane(), group = lane / 4, place = lane % 4;
+  const auto decode = [](uint32_t bits) {
+    bits &= 0xffffe000u;
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  };
+  for (int i = 0; i < 4; ++i) e.a[slot][group + i % 2 * 8][place + i / 2 * 4] = decode(a[i]);
+  for (int i = 0; i < 2; ++i) e.b[slot][place + i * 4][group] = decode(b[i]);
+  warp_barrier(WarpOp::mma);
+  for (int k = 0; k < 8; ++k)
+    for (int i = 0; i < 4; ++i)
+      c[i] += e.a[slot][group + i / 2 * 8][k] * e.b[slot][k][place * 2 + i % 2];
+}
+
 void group_arrive() {
   warp_barrier(WarpOp::group);
   machine().current->arrived = true;

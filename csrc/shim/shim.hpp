@@ -109,6 +109,7 @@ void copy_commit();
 void copy_wait(int allowed);
 void load_matrix(uint32_t (&r)[4], const void* row, bool transposed);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*decode)(uint16_t));
+void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void group_arrive();
 void group_multiply(float (*c)[4], int strips, const void* a, const void* b, bool add, float (*decode)(uint16_t));
 void group_commit();

@@ -27,6 +27,7 @@ from vidops.kernels import (
     attention_head_mean,
     greedy_absorb,
     greedy_absorb_kl,
+    label_propagation,
     neighbour_mean,
     segment_mean,
     slot_attention,
@@ -84,6 +85,13 @@ def clusters(head_size: int, dtype: torch.dtype) -> None:
     q, k, _ = heads_of(head_size, dtype)
     centroids = empty(100, 8064, dtype=_common.accumulator(dtype))
     assign_clusters.forward(q[0], k[0], empty(0, dtype=centroids.dtype), centroids, centroids, 0.1)
+
+
+def propagation(height: int, width: int, limit: int, top_k: int, dtype: torch.dtype) -> None:
+    """ViT-S features of a frame and its 21 context frames."""
+    n = height * width
+    query, context = empty(n, 384, dtype=dtype), empty(21, n, 384, dtype=dtype)
+    label_propagation.forward(query, context, empty(21, n, 5), height, width, limit, top_k, 0.2, 1, 2)
 
 
 def rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +171,11 @@ for _dtype in (F16, BF16, F32, F64):
         for _backward in (False, True):
             _op = "slots_backward" if _backward else "slots"
             CASES[f"{_op}-{_name}-{_workload}"] = lambda c=_slots, d=_dtype, b=_backward: attend_slots(c, d, b)
+for _dtype in (F16, BF16, F32):
+    _name = str(_dtype).removeprefix("torch.")
+    CASES[f"propagation-{_name}"] = lambda d=_dtype: propagation(30, 53, 49, 7, d)
+    CASES[f"propagation_fine-{_name}"] = lambda d=_dtype: propagation(60, 106, 35**2, 28, d)
+    CASES[f"propagation_most-{_name}"] = lambda d=_dtype: propagation(60, 106, 35**2, 128, d)
 for _dtype in (F32, F64):
     _name = str(_dtype).removeprefix("torch.")
     CASES[f"kl-{_name}"] = lambda d=_dtype: symmetric_kl.forward(
@@ -203,6 +216,7 @@ def single() -> None:
     segment_mean.forward(one, label, 1)
     assign_rows.forward(one, one, one, one)
     assign_clusters.forward(two, two, empty(0), one, one, 1.0)
+    label_propagation.forward(one, two, two, 1, 1, 1, 1, 1.0, 1, 1)
 
 
 CASES["single"] = single

@@ -32,6 +32,7 @@ FAST = [
     *(f"{op}-float32-128" for op in ("attention", "attention_backward")),
     *(f"{op}-float32" for op in ("kl", "adjacency", "absorb_kl", "mean", "segment", "assign_rows")),
     *(f"{op}-{dtype}-{w}" for op in ("slots", "slots_backward") for dtype in ("bfloat16", "float32") for w in SLOTS),
+    *(f"{case}-{dtype}" for case in ("propagation", "propagation_fine") for dtype in ("bfloat16", "float32")),
     "filtered_adjacency-float32",
     "absorb",
     "single",

@@ -73,6 +73,33 @@ def _bit_cases():
     yield from (F(n, words, dtype=torch.int64) for n, words in ((4, 2), (65, 1), (4, 0), (0, 1), (64, 2), (129, 2)))
 
 
+_PROPAGATION = (F(6, 4), F(3, 6, 4), F(3, 6, 2), (2, 3))
+
+
+def _propagation_cases():
+    query, context, labels, grid = _PROPAGATION
+    for bad in (*_not_floats((6, 4)), *_wrong_ranks((0, 1, 3)), query[:0], query[:, :0]):
+        yield (bad, context, labels, grid), {}, "query"
+    halves = (context.double(), context.half(), context.to("meta"))
+    shapes = (context[:0], context[:, :5], context[..., :3], context[0], context[None])
+    for bad in (*_not_floats((3, 6, 4)), *halves, *shapes, context[:1].expand(2**29, 6, 4)):
+        yield (query, bad, labels, grid), {}, "context"
+    shapes = (labels[:2], labels[:, :5], labels[..., :0], labels[0], labels[None])
+    for bad in (*_not_floats((3, 6, 2)), labels.double(), labels.to("meta"), *shapes):
+        yield (query, context, bad, grid), {}, "labels"
+    for bad in (None, 6, "23", (6,), (1, 2, 3), (2, 2), (2.0, 3), (-2, -3), (0, 6), ("2", "3"), (True, 6), {2, 3}):
+        yield (query, context, labels, bad), {}, "grid"
+    for name, values in (
+        ("top_k", (0, -1, 129, 1.0, None, "1", True)),
+        ("radius", (0, 0.0, -1.0, *_numbers())),
+        ("temperature", (0, -0.2, 1e-300, *_numbers())),
+        ("unrestricted", (-1, 4, 1.0, None, True)),
+        ("repeats", (-1, 1.0, None, "1", True)),
+    ):
+        for bad in values:
+            yield _PROPAGATION, {name: bad}, name
+
+
 def _backends(*args):
     for bad in ("gpu", "CPU", "Reference", 1, "triton "):
         yield args, {"backend": bad}, "backend"
@@ -220,6 +247,20 @@ def _cases():
     yield "assign_rows", itertools.chain(
         _map_cases(vidops.assign_rows, x), (((rows, b), {}, "centroids") for b in centroids), _backends(rows, x)
     )
+    yield "label_propagation", itertools.chain(_propagation_cases(), _backends(*_PROPAGATION))
+    clip, first = F(2, 2, 3, 4), F(2, 3, 2)
+    propagate = [
+        *(((b, first), {}, "features") for b in (*_not_floats((2, 2, 3, 4)), *_wrong_ranks((0, 1, 2, 3, 5)))),
+        *(((b, first), {}, "features") for b in (clip[:0], clip[:, :0], clip[:, :, :0], clip[..., :0])),
+        *(((clip, b), {}, "first_labels") for b in (*_not_floats((2, 3, 2)), *_wrong_ranks((0, 1, 2, 4)))),
+        *(((clip, b), {}, "first_labels") for b in (first[:1], first[:, :2], first[..., :0], first.transpose(0, 1))),
+        *(((clip, b), {}, "first_labels") for b in (first.double(), first.to("meta"))),
+        *(((clip, first), {"n_context": b}, "n_context") for b in (-1, 1.0, None, "1", True)),
+        *(((clip, first), {"top_k": b}, "top_k") for b in (0, 129, 1.0, None, True)),
+        *(((clip[:1], first), {"radius": b}, "radius") for b in (0, -1.0, *_numbers())),
+        *(((clip[:1], first), {"temperature": b}, "temperature") for b in (0, -0.2, 1e-300, *_numbers())),
+    ]
+    yield "propagate_labels", itertools.chain(propagate, _backends(clip, first))
     bad_q = [*_not_floats((1, 2, 3, 4)), *_wrong_ranks((0, 1, 2, 3, 5)), q4[:0], q4[:, :, :0], q4[..., :0]]
     cluster = [
         *(((b, q4), {}, "q") for b in (*bad_q, q4 * NAN, q4 * INF)),

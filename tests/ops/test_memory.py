@@ -220,6 +220,13 @@ class TestFar:
             vidops.assign_clusters(q[None], q[None], maps(2, 3), backend=backend),
         )
 
+    def test_offsets_of_features(self, backend):
+        rows = maps(3, 8, on=backend)
+        far = _far_rows(backend, 3, 8, self.stride)
+        far.copy_(rows)
+        want = vidops.label_propagation(rows, rows[None], rows[None], (1, 3), backend=backend)
+        assert torch.equal(vidops.label_propagation(far, far[None], far[None], (1, 3), backend=backend), want)
+
     @pytest.mark.slow
     def test_more_than_two_to_the_31_elements(self, backend):
         n, m = 2**20, 2**11 + 3

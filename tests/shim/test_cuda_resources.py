@@ -55,6 +55,8 @@ REGISTER_LIMIT = {
     "neighbour_mean_words": 64,
     "segment_mean_members": 40,
     "segment_mean_rows": 40,
+    **{f"slot_attend_{name}_{kind}": 168 for name in ("forward", "backward") for kind in ("f32", "f16", "bf16")},
+    "slot_attend_sum": 40,
     "symmetric_kl_adjacency_centre": 40,
     "symmetric_kl_adjacency_columns": 40,
     "symmetric_kl_adjacency_filter": 255,
@@ -66,6 +68,7 @@ REGISTER_LIMIT = {
     "symmetric_kl_pack": 64,
     "symmetric_kl_product": 255,
     "symmetric_kl_product_lean": 255,
+    **{f"token_statistics_{kind}": 40 for kind in ("f32", "f16", "bf16")},
 }
 STATIC_SHARED_LIMIT = 0  # kernels take dynamic shared memory only
 ENTRY = re.compile(

@@ -7,11 +7,18 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
-from vidops import _native
 from vidops._registry import Backward, Impl, Op, resolve
 from vidops.ops import _backends, _checks, _slot_iterations
+from vidops.ops._slot_backends import (
+    REFERENCE,
+    cpu_backward,
+    cpu_forward,
+    cuda_backward,
+    cuda_forward,
+    triton_backward,
+    triton_forward,
+)
 from vidops.ops._slot_params import NAMES, REQUIRED, SlotOptions, SlotParams, flat
-from vidops.reference.slot_attend import attend_backward, attend_forward
 from vidops.reference.slot_attention import slot_attention as reference
 
 
@@ -133,7 +140,7 @@ def slot_attention(
         slot_mask: (B, S) bool, True where a slot takes no part: its dots are -inf. With every slot of an item
             masked the item is NaN.
         return_dots, return_attn: what else to return.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default: the first that can run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; default: the first that can run.
 
     Returns:
         Slots (B, S, D) in the dtype of `slots`; with `return_dots`, also the dots of the last iteration (B, S, N), or
@@ -148,7 +155,7 @@ def slot_attention(
     NaN or infinity in a token makes its item NaN, and no other; a token whose variance overflows counts as zeros. A
     slot whose tokens are all masked has u = 0 where a constant stands in the denominator, and is NaN where none does.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> weight = torch.eye(4)
@@ -385,101 +392,6 @@ def _gradient(ctx: Any, grad_slots: Any, grad_dots: Any, grad_attn: Any, grad_st
     return *of_weights, None, None, *(None for _ in ctx.scalars)
 
 
-_REFERENCE = _slot_iterations.Attend(attend_forward, attend_backward)
-
-
-def _cpu_attend_forward(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    with_dots: bool,
-    with_attn: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    shape = (*q.shape[:3], keys.shape[2])
-    num, den = q.new_empty(*q.shape[:3], values.shape[3]), q.new_empty(q.shape[:3])
-    dots, attn = (q.new_empty(shape) if asked else None for asked in (with_dots, with_attn))
-    tokens = _native_views(keys, values, mean, rstd, q, c, token_mask, _words(slot_mask))
-    results = _native_views(num, den, dots, attn)
-    _native.C.slot_attend_forward_cpu(*tokens, groups, joint, eps_add, *results, _native.threads())
-    return num, den, dots, attn
-
-
-def _cpu_attend_backward(
-    grad_num: torch.Tensor,
-    grad_den: torch.Tensor,
-    grad_dots: torch.Tensor | None,
-    grad_attn: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    grad_keys: torch.Tensor,
-    grad_values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = _native_views(grad_num, grad_den, grad_dots, grad_attn)
-    tokens = _native_views(keys, values, mean, rstd, q, c, token_mask, _words(slot_mask))
-    grad_q, grad_c = q.new_empty(q.shape), c.new_empty(c.shape)
-    results = _native_views(grad_keys, grad_values, grad_q, grad_c)
-    _native.C.slot_attend_backward_cpu(*grads, *tokens, groups, joint, eps_add, *results, _native.threads())
-    return grad_q, grad_c
-
-
-def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, rstd = (torch.empty(inputs.shape[:2], dtype=dtype) for _ in range(2))
-    _native.C.token_statistics_cpu(*_native_views(inputs, mean, rstd), eps, _native.threads())
-    return mean, rstd
-
-
-def _native_views(*tensors: torch.Tensor | None) -> list[Any]:
-    """Absent tensors are empty ones."""
-    return [_native.view(torch.empty(0) if t is None else t) for t in tensors]
-
-
-def _words(slot_mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if slot_mask is None else slot_mask.to(torch.int32)
-
-
-_CPU = _slot_iterations.Attend(_cpu_attend_forward, _cpu_attend_backward, _cpu_statistics)
-
-
-def _cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    return _slot_iterations.forward(_CPU, *_backends.upcast(inputs), *args)
-
-
-def _cpu_backward(*args: Any) -> list[torch.Tensor]:
-    *grads, states, inputs = args[:5]
-    found = _slot_iterations.backward(_CPU, *grads, states, *_backends.upcast(inputs), *args[5:])
-    return [found[0].to(inputs.dtype), *found[1:]]
-
-
-def _triton() -> _slot_iterations.Attend:
-    from vidops.kernels import slot_attention as kernel
-
-    return _slot_iterations.Attend(kernel.attend_forward, kernel.attend_backward)
-
-
-def _triton_forward(*args: Any) -> tuple[torch.Tensor, ...]:
-    return _slot_iterations.forward(_triton(), *args)
-
-
-def _triton_backward(*args: Any) -> list[torch.Tensor]:
-    return _slot_iterations.backward(_triton(), *args)
-
 _ARGUMENTS = (
     "Tensor inputs, Tensor slots, "
     + ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in NAMES)
@@ -501,8 +413,9 @@ OP = Op(
         gradient=_gradient,
     ),
     impls=(
-        Impl("reference", reference, partial(_slot_iterations.backward, _REFERENCE), _backends.reference_refuses),
-        Impl("cpu", _cpu_forward, _cpu_backward, _backends.cpu_refuses),
-        Impl("triton", _triton_forward, _triton_backward, _backends.triton_refuses),
+        Impl("reference", reference, partial(_slot_iterations.backward, REFERENCE), _backends.reference_refuses),
+        Impl("cpu", cpu_forward, cpu_backward, _backends.cpu_refuses),
+        Impl("triton", triton_forward, triton_backward, _backends.triton_refuses),
+        Impl("cuda", cuda_forward, cuda_backward, _backends.cuda_refuses),
     ),
 )
