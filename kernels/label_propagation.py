@@ -104,7 +104,7 @@ def _label_propagation_scan_kernel(
             ok_c = (p < count)[:, None] & (channel < D)[None, :]
             queries = load_tile(query, n, q_row, channel, q_col, ok_q)
             positions = load_tile(base, m, c_row, channel, c_col, ok_c)
-            affinity = matmul(queries, tl.trans(positions.to(DOT)), affinity, DOT)
+            affinity = matmul(queries, tl.trans(positions.to(DOT)), affinity, DOT, False)
         dy, dx = my[None, :] - y[:, None], mx[None, :] - x[:, None]
         ok = inside[:, None] & (p < count)[None, :] & (free | (dy * dy + dx * dx < limit))
         # NaN compares false.

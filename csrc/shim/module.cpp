@@ -45,8 +45,8 @@ void divergent(const capsule& out) {
 
 // Each build has a name of its own, because one process keeps one module per name.
 PYBIND11_MODULE(VIDOPS_SHIM_MODULE, m) {
-  pybind11::register_exception<vidops::ArgumentError>(m, "ArgumentError", PyExc_ValueError);
-  pybind11::register_exception<shim::Fault>(m, "Fault", PyExc_RuntimeError);
+  pybind11::register_local_exception<vidops::ArgumentError>(m, "ArgumentError", PyExc_ValueError);
+  pybind11::register_local_exception<shim::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", [](unsigned seed) { shim::machine().seed = seed; });
   m.def("set_shared_limit", [](size_t bytes) { shim::machine().shared_limit = bytes; });
   m.def("selfcheck", &selfcheck);
