@@ -29,7 +29,7 @@ import vidops
 from vidops import checkpoints
 from vidops.checkpoints import LoadReport
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, sample_patches, semantic_loss
-from vidops.models.vit import Block, DinoEncoder
+from vidops.models.vit import Block, DinoEncoder, canonical_names
 
 # The authors train with ImageNet's statistics and test with others; numbers of the paper need both.
 NORMALISATIONS = {
@@ -210,7 +210,7 @@ class SSLUVOS(nn.Module):
         Raises CheckpointError (a ValueError) for every file that cannot be read or does not fit.
         """
         found = checkpoints.read_state_dict(path)
-        state, layout, ignored = _canonical_names(found.state, found.layout)
+        state, layout, ignored = canonical_names(found.state, found.layout)
         self.load_report = checkpoints.load_into(
             self,
             state,
@@ -365,20 +365,6 @@ class SSLUVOS(nn.Module):
         )
         columns = video.shape[-1] // self.config.patch
         return Segmentation(clusters.labels.unflatten(1, (-1, columns)), clusters.centroids)
-
-
-def _canonical_names(
-    state: Mapping[str, torch.Tensor], layout: str
-) -> tuple[dict[str, torch.Tensor], str, tuple[str, ...]]:
-    """Names of this module for a state dict in any accepted layout, the layout found, and names left out."""
-    state = checkpoints.without_prefix(state, "module.")
-    kept = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    if kept:
-        ignored = tuple(name for name in state if not name.startswith("backbone."))
-        return {f"encoder.{name}": t for name, t in kept.items()}, f"DINO checkpoint, {layout}", ignored
-    if "pos_embed" in state or "patch_embed.proj.weight" in state:
-        return {f"encoder.{name}": t for name, t in state.items()}, "DINO backbone", ()
-    return state, layout, ()
 
 
 def preprocess(

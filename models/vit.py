@@ -5,6 +5,7 @@ Attention runs through `vidops.video_attention`; everything else is plain `torch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vidops
+from vidops import checkpoints
 
 ATTENTION_NEEDS = ("none", "map", "heads")
 
@@ -80,6 +82,12 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2))), weights
 
 
+def stochastic_depth(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """x (B, N, C) with whole samples set to zero, each with `probability`; kept ones grow by its complement."""
+    kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - probability)
+    return x * (kept / (1 - probability))
+
+
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,8 +113,10 @@ class Block(nn.Module):
         eps: float,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(
             dim, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout
@@ -119,8 +129,11 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B, N, C) -> tokens (B, N, C) and the attention weights asked for, see `Attention`."""
         update, weights = self.attn(self.norm1(x), need, seed=seed, backend=backend)
-        x = x + update
-        return x + self.mlp(self.norm2(x)), weights
+        x = x + self._kept(update)
+        return x + self._kept(self.mlp(self.norm2(x))), weights
+
+    def _kept(self, update: torch.Tensor) -> torch.Tensor:
+        return stochastic_depth(update, self.drop_path) if self.training and self.drop_path > 0 else update
 
 
 class PatchEmbed(nn.Module):
@@ -148,6 +161,7 @@ class DinoEncoder(nn.Module):
         dim, depth, heads, patch: size of the net; `img_size`: side in pixels of the stored position grid.
         hidden: width of the MLPs (default 4 * dim).
         eps: epsilon of every LayerNorm.
+        drop_path: stochastic depth of the last block in training mode; it grows linearly from 0 at the first.
     """
 
     def __init__(
@@ -160,10 +174,13 @@ class DinoEncoder(nn.Module):
         img_size: int = 224,
         hidden: int | None = None,
         eps: float = 1e-6,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth: expected at least one block, got {depth}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path: expected 0 <= p < 1, got {drop_path}")
         if patch < 1 or img_size < patch:
             raise ValueError(f"img_size: {img_size} pixels hold no patch of {patch}")
         self.patch = patch
@@ -172,7 +189,15 @@ class DinoEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
         self.patch_embed = PatchEmbed(dim, patch)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, hidden=hidden or 4 * dim, qkv_bias=True, eps=eps) for _ in range(depth)
+            Block(
+                dim,
+                heads,
+                hidden=hidden or 4 * dim,
+                qkv_bias=True,
+                eps=eps,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
         )
         # Part of every checkpoint and never applied: all four outputs are taken before it.
         self.norm = nn.LayerNorm(dim, eps=eps)
@@ -246,3 +271,19 @@ class DinoEncoder(nn.Module):
         """Only the keys, as tokens (B, h*w, C): the last block's attention and MLP are not computed."""
         tokens, _, _ = self._before_last(images, backend)
         return self._keys(tokens)[:, 1:]
+
+
+def canonical_names(
+    state: Mapping[str, torch.Tensor], layout: str
+) -> tuple[dict[str, torch.Tensor], str, tuple[str, ...]]:
+    """Names of a model whose `DinoEncoder` is called "encoder", for a state dict in any accepted layout: its own
+    or one of DINO's. Also the layout found, and names left out.
+    """
+    state = checkpoints.without_prefix(state, "module.")
+    kept = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    if kept:
+        ignored = tuple(name for name in state if not name.startswith("backbone."))
+        return {f"encoder.{name}": t for name, t in kept.items()}, f"DINO checkpoint, {layout}", ignored
+    if "pos_embed" in state or "patch_embed.proj.weight" in state:
+        return {f"encoder.{name}": t for name, t in state.items()}, "DINO backbone", ()
+    return state, layout, ()

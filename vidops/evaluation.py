@@ -27,7 +27,7 @@ class MissingDependencyError(ImportError):
     """An optional package is needed for this function; the text names the extra that installs it."""
 
 
-def _assignment(score: Scores) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def assignment(score: Scores) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """The Hungarian assignment that maximises `score` (K, n): rows ascending, and their columns."""
     try:
         from scipy.optimize import linear_sum_assignment
@@ -249,7 +249,7 @@ def match_per_sequence(scores: PairScores) -> Matching:
     ValueError for fewer proposals than objects.
     """
     _enough(scores)
-    rows, columns = _assignment((scores.j.mean(2) + scores.f.mean(2)) / 2)
+    rows, columns = assignment((scores.j.mean(2) + scores.f.mean(2)) / 2)
     return Matching(scores.j[rows, columns], scores.f[rows, columns], rows, columns)
 
 
@@ -262,7 +262,7 @@ def match_per_frame(scores: PairScores) -> Matching:
     _enough(scores)
     j, f, rows, columns = [], [], [], []
     for t in range(scores.j.shape[2]):
-        row, column = _assignment(scores.j[:, :, t] + scores.f[:, :, t])
+        row, column = assignment(scores.j[:, :, t] + scores.f[:, :, t])
         j.append(scores.j[row, column, t])
         f.append(scores.f[row, column, t])
         rows.append(row)
@@ -341,5 +341,5 @@ def mean_iou(truth: npt.NDArray, labels: npt.NDArray) -> float:
     iou = (table / union)[ids > 0]
     if not len(iou):
         raise ValueError("truth: no object")
-    rows, columns = _assignment(iou)
+    rows, columns = assignment(iou)
     return float(iou[rows, columns].sum() / len(iou))

@@ -152,7 +152,8 @@ class TwoStageSlotAttention(nn.Module):
     The first stage splits the tokens into semantics, from learned means. The second splits each semantic into
     instances, from samples around its mean, over the tokens whose semantic dots exceed `threshold`. Weights are
     shared. Only the last iteration of each stage is differentiated, and its gradient passes on to the stage's initial
-    slots; none reaches the means and deviations through a sample.
+    slots. None reaches the means and deviations through a sample, unless it is `reparameterised`, which the authors'
+    is not.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class TwoStageSlotAttention(nn.Module):
         hidden_dim: int = 128,
         *,
         threshold: float = 0.3,
+        reparameterised: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -174,6 +176,7 @@ class TwoStageSlotAttention(nn.Module):
         self.eps = eps
         self.scale = dim**-0.5
         self.threshold = threshold
+        self.reparameterised = reparameterised
         self.slots_mu = nn.Parameter(torch.randn(1, num_slots, 1, dim))
         self.slots_sigma = nn.Parameter(torch.zeros(1, num_slots, 1, dim))
         nn.init.xavier_uniform_(self.slots_sigma)
@@ -186,15 +189,23 @@ class TwoStageSlotAttention(nn.Module):
         self.mlp = mlp(dim, max(dim, hidden_dim))
 
     def sample_instances(self, batch: int) -> torch.Tensor:
-        """Initial instances (batch, S, P, dim): draws from N(mu, exp(sigma)), without a gradient."""
+        """Initial instances (batch, S, P, dim): draws from N(mu, exp(sigma)), without a gradient by default."""
         size = (batch, self.num_slots, self.num_instances, self.dim)
+        if self.reparameterised:
+            return self.slots_mu + self.slots_sigma.exp() * torch.randn_like(self.slots_mu.expand(size))
         return torch.normal(self.slots_mu.detach().expand(size), self.slots_sigma.detach().exp().expand(size))
 
     def forward(
-        self, inputs: torch.Tensor, instance_init: torch.Tensor | None = None, *, backend: str | None = None
+        self,
+        inputs: torch.Tensor,
+        instance_init: torch.Tensor | None = None,
+        *,
+        iters: int | None = None,
+        backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """inputs (B, N, dim) -> semantic slots (B, S, dim), their dots (B, S, N), instance slots (B, S, P, dim) and
-        their dots (B, S, P, N), unmasked. `instance_init` (B, S, P, dim) stands in for the sample.
+        their dots (B, S, P, N), unmasked. `instance_init` (B, S, P, dim) stands in for the sample, `iters` for the
+        number of iterations that the module was made with.
         """
         batch = inputs.shape[0]
         if instance_init is None:
@@ -213,7 +224,7 @@ class TwoStageSlotAttention(nn.Module):
                 inputs,
                 slots,
                 params,
-                iters=self.iters,
+                iters=self.iters if iters is None else iters,
                 scale=self.scale,
                 eps=self.eps,
                 ln_eps=self.norm_input.eps,

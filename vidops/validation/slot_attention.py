@@ -15,6 +15,7 @@ import vidops
 from vidops.validation.case import (
     Case,
     Check,
+    NotImplementedYet,
     device_of,
     dtypes,
     gradient_checks,
@@ -264,6 +265,26 @@ def _savi_sequence(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
     return dict(zip(("corrected", "predicted", "attn"), stacked, strict=True)), leaves
 
 
+def _slot_two_stage(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
+    if case.cfg("soft_mask", 0):
+        raise NotImplementedYet("a token mask with a gradient")
+    state, given = state_of(case, dtype), _leaves(case, backend, dtype, "inputs", "instance_init")
+    _, num_slots, num_instances, dim = given["instance_init"].shape
+    module = vidops.nn.TwoStageSlotAttention(
+        num_slots,
+        num_instances,
+        dim,
+        iters=int(case.cfg("iters", 3)),
+        eps=float(case.cfg("eps", 1e-8)),
+        hidden_dim=len(state["mlp.0.weight"]),
+        threshold=float(case.cfg("mask_threshold", 0.3)),
+    )
+    parameters = _loaded(module, state, backend, dtype)
+    names = ("semantic_slots", "semantic_dots", "instance_slots", "instance_dots")
+    results = module(given["inputs"], given["instance_init"], backend=backend)
+    return dict(zip(names, results, strict=True)), parameters | given
+
+
 def check_locatello(case: Case, backend: str) -> list[Check]:
     return _checked(case, backend, _locatello)
 
@@ -290,3 +311,8 @@ def check_lucidrains_adaptive(case: Case, backend: str) -> list[Check]:
 
 def check_savi_sequence(case: Case, backend: str) -> list[Check]:
     return _checked(case, backend, _savi_sequence)
+
+
+def check_slot_two_stage(case: Case, backend: str) -> list[Check]:
+    """Of smtc, sheet 2.3 to 2.5."""
+    return _checked(case, backend, _slot_two_stage)
