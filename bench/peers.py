@@ -1,8 +1,8 @@
 """What the ops are compared with: the public algorithm in eager PyTorch, and libraries that compute the same thing.
 
-The public algorithm is written from its description (Ding et al., ECCV 2024, arXiv 2311.17893), not sped up and not
-slowed down. Libraries take part only where their result is comparable entry by entry: scipy's entropies and a
-scikit-learn metric for the distance, scipy's sparse product for the neighbour mean. Linkage clustering (scipy,
+The public algorithms are written from their descriptions (clustering: Ding et al., ECCV 2024, arXiv 2311.17893), not
+sped up and not slowed down. Libraries take part only where their result is comparable entry by entry: scipy's entropies
+and a scikit-learn metric for the distance, scipy's sparse product for the neighbour mean. Linkage clustering (scipy,
 fastcluster, scikit-learn) and Jensen-Shannon `cdist` answer other questions and are left out.
 """
 
@@ -12,6 +12,9 @@ import importlib
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+
+import vidops
 
 
 def eager_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -136,3 +139,41 @@ def scipy_mean(p: torch.Tensor, near: torch.Tensor) -> Peer:
         return torch.from_numpy(total / total.sum(-1, keepdims=True))
 
     return call
+
+
+def eager_slots(
+    inputs: torch.Tensor, slots: torch.Tensor, p: vidops.SlotParams, iters: int, bilevel: bool
+) -> torch.Tensor:
+    """Slot attention as its public modules form it (Locatello et al., NeurIPS 2020, arXiv 2006.15055): tokens
+    projected once, a map of slots x tokens an iteration, all of it kept by autograd.
+
+    `bilevel` runs all iterations but the last without gradients; that of the last one's slots passes to `slots`.
+    """
+    x = F.layer_norm(inputs, inputs.shape[-1:], p.norm_input_weight, p.norm_input_bias)
+    keys, values = F.linear(x, p.k_weight, p.k_bias), F.linear(x, p.v_weight, p.v_bias)
+    if not bilevel:
+        for _ in range(iters):
+            slots = _eager_slot_step(keys, values, slots, p)
+        return slots
+    moved = slots.detach()
+    with torch.no_grad():
+        for _ in range(iters - 1):
+            moved = _eager_slot_step(keys, values, moved, p)
+    return _eager_slot_step(keys, values, moved + slots - slots.detach(), p)
+
+
+def _eager_slot_step(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, p: vidops.SlotParams
+) -> torch.Tensor:
+    width = slots.shape[-1]
+    normed = F.layer_norm(slots, (width,), p.norm_slots_weight, p.norm_slots_bias)
+    q = F.linear(normed, p.q_weight, p.q_bias)
+    attn = (torch.einsum("bid,bjd->bij", q, keys) * q.shape[-1] ** -0.5).softmax(1) + 1e-8
+    update = torch.einsum("bjd,bij->bid", values, attn / attn.sum(-1, keepdim=True))
+    if p.gru_weight_ih is None:
+        slots = slots + update
+    else:
+        gates = p.gru_weight_ih, p.gru_weight_hh, p.gru_bias_ih, p.gru_bias_hh
+        slots = torch.gru_cell(update.flatten(0, 1), slots.flatten(0, 1), *gates).view_as(slots)
+    normed = F.layer_norm(slots, (width,), p.norm_mlp_weight, p.norm_mlp_bias)
+    return slots + F.linear(F.relu(F.linear(normed, p.mlp_weight1, p.mlp_bias1)), p.mlp_weight2, p.mlp_bias2)
