@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vidops import checkpoints
 from vidops.checkpoints import LoadReport
 from vidops.models.smtc_losses import (
     LossSettings,
@@ -35,7 +34,7 @@ from vidops.models.smtc_losses import (
     separation_loss,
     valid_instances,
 )
-from vidops.models.vit import DinoEncoder, canonical_names
+from vidops.models.vit import DinoEncoder, load_with_encoder
 from vidops.nn import TwoStageSlotAttention
 
 # `vidops.models.ssl_uvos.preprocess` makes the input: the authors test with these and its "test" statistics, and
@@ -276,17 +275,7 @@ class SMTC(nn.Module):
         Layouts, `strict`, the report and errors are those of `SSLUVOS.load_checkpoint`: without `strict` everything
         but the encoder may be missing.
         """
-        found = checkpoints.read_state_dict(path)
-        state, layout, ignored = canonical_names(found.state, found.layout)
-        self.load_report = checkpoints.load_into(
-            self,
-            state,
-            path=path,
-            layout=layout,
-            strict=strict,
-            required=("encoder.",),
-            ignored=ignored,
-        )
+        self.load_report = load_with_encoder(self, path, strict=strict)
         return self.load_report
 
     def _slots(

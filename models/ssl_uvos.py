@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import vidops
-from vidops import checkpoints
 from vidops.checkpoints import LoadReport
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, sample_patches, semantic_loss
-from vidops.models.vit import Block, DinoEncoder, canonical_names
+from vidops.models.vit import Block, DinoEncoder, load_with_encoder
 
 # The authors train with ImageNet's statistics and test with others; numbers of the paper need both.
 NORMALISATIONS = {
@@ -209,17 +208,7 @@ class SSLUVOS(nn.Module):
 
         Raises CheckpointError (a ValueError) for every file that cannot be read or does not fit.
         """
-        found = checkpoints.read_state_dict(path)
-        state, layout, ignored = canonical_names(found.state, found.layout)
-        self.load_report = checkpoints.load_into(
-            self,
-            state,
-            path=path,
-            layout=layout,
-            strict=strict,
-            required=("encoder.",),
-            ignored=ignored,
-        )
+        self.load_report = load_with_encoder(self, path, strict=strict)
         return self.load_report
 
     def forward(

@@ -6,6 +6,7 @@ Attention runs through `vidops.video_attention`; everything else is plain `torch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import vidops
 from vidops import checkpoints
+from vidops.checkpoints import LoadReport
 
 ATTENTION_NEEDS = ("none", "map", "heads")
 
@@ -273,7 +275,7 @@ class DinoEncoder(nn.Module):
         return self._keys(tokens)[:, 1:]
 
 
-def canonical_names(
+def _canonical_names(
     state: Mapping[str, torch.Tensor], layout: str
 ) -> tuple[dict[str, torch.Tensor], str, tuple[str, ...]]:
     """Names of a model whose `DinoEncoder` is called "encoder", for a state dict in any accepted layout: its own
@@ -287,3 +289,14 @@ def canonical_names(
     if "pos_embed" in state or "patch_embed.proj.weight" in state:
         return {f"encoder.{name}": t for name, t in state.items()}, "DINO backbone", ()
     return state, layout, ()
+
+
+def load_with_encoder(model: nn.Module, path: str | Path, *, strict: bool) -> LoadReport:
+    """Load a local checkpoint into a model whose `DinoEncoder` is called "encoder"; without `strict` everything but
+    the encoder may be missing.
+    """
+    found = checkpoints.read_state_dict(path)
+    state, layout, ignored = _canonical_names(found.state, found.layout)
+    return checkpoints.load_into(
+        model, state, path=path, layout=layout, strict=strict, required=("encoder.",), ignored=ignored
+    )

@@ -1,7 +1,11 @@
-"""What the backends of `vidops.slot_attention` run: the driver around each one's pass over the tokens."""
+"""What the backends of `vidops.slot_attention` run: the driver around each one's pass over the tokens.
+
+Arguments of a pass are those of `vidops.reference.slot_attend`, in its order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,71 +17,45 @@ from vidops.reference.slot_attend import attend_backward, attend_forward
 REFERENCE = _slot_iterations.Attend(attend_forward, attend_backward)
 
 
-def _cpu_attend_forward(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    with_dots: bool,
-    with_attn: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    shape = (*q.shape[:3], keys.shape[2])
-    num, den = q.new_empty(*q.shape[:3], values.shape[3]), q.new_empty(q.shape[:3])
-    dots, attn = (q.new_empty(shape) if asked else None for asked in (with_dots, with_attn))
-    tokens = _native_views(keys, values, mean, rstd, q, c, token_mask, _words(slot_mask))
-    results = _native_views(num, den, dots, attn)
-    _native.C.slot_attend_forward_cpu(*tokens, groups, joint, eps_add, *results, _native.threads())
-    return num, den, dots, attn
-
-
-def _cpu_attend_backward(
-    grad_num: torch.Tensor,
-    grad_den: torch.Tensor,
-    grad_dots: torch.Tensor | None,
-    grad_attn: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    grad_keys: torch.Tensor,
-    grad_values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grads = _native_views(grad_num, grad_den, grad_dots, grad_attn)
-    tokens = _native_views(keys, values, mean, rstd, q, c, token_mask, _words(slot_mask))
-    grad_q, grad_c = q.new_empty(q.shape), c.new_empty(c.shape)
-    results = _native_views(grad_keys, grad_values, grad_q, grad_c)
-    _native.C.slot_attend_backward_cpu(*grads, *tokens, groups, joint, eps_add, *results, _native.threads())
-    return grad_q, grad_c
-
-
-def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, rstd = (torch.empty(inputs.shape[:2], dtype=dtype) for _ in range(2))
-    _native.C.token_statistics_cpu(*_native_views(inputs, mean, rstd), eps, _native.threads())
-    return mean, rstd
-
-
 def _native_views(*tensors: torch.Tensor | None) -> list[Any]:
     """Absent tensors are empty ones, on the device of the others."""
     given = next(t for t in tensors if t is not None)
     return [_native.view(given.new_empty(0) if t is None else t) for t in tensors]
 
 
+def _new_results(
+    tokens: Sequence[torch.Tensor], with_dots: bool, with_attn: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    keys, values, _, _, q, *_ = tokens
+    dots, attn = (q.new_empty(*q.shape[:3], keys.shape[2]) if asked else None for asked in (with_dots, with_attn))
+    return q.new_empty(*q.shape[:3], values.shape[3]), q.new_empty(q.shape[:3]), dots, attn
+
+
 def _words(slot_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if slot_mask is None else slot_mask.to(torch.int32)
+
+
+def _cpu_attend_forward(*args: Any) -> Any:
+    *tokens, slot_mask, groups, joint, eps_add, with_dots, with_attn = args
+    results = _new_results(tokens, with_dots, with_attn)
+    views = _native_views(*tokens, _words(slot_mask))
+    _native.C.slot_attend_forward_cpu(*views, groups, joint, eps_add, *_native_views(*results), _native.threads())
+    return results
+
+
+def _cpu_attend_backward(*args: Any) -> Any:
+    *tensors, q, c, token_mask, slot_mask, groups, joint, eps_add, grad_keys, grad_values = args
+    grads = q.new_empty(q.shape), c.new_empty(c.shape)
+    views = _native_views(*tensors, q, c, token_mask, _words(slot_mask))
+    results = _native_views(grad_keys, grad_values, *grads)
+    _native.C.slot_attend_backward_cpu(*views, groups, joint, eps_add, *results, _native.threads())
+    return grads
+
+
+def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, rstd = (torch.empty(inputs.shape[:2], dtype=dtype) for _ in range(2))
+    _native.C.token_statistics_cpu(*_native_views(inputs, mean, rstd), eps, _native.threads())
+    return mean, rstd
 
 
 _CPU = _slot_iterations.Attend(_cpu_attend_forward, _cpu_attend_backward, _cpu_statistics)
@@ -113,9 +91,7 @@ def _cuda_workspace(
     batch, heads, slots, width = q.shape
     sizes = (batch, heads, slots, keys.shape[2], width, values.shape[3], keys.shape[1], values.shape[1], groups)
     kind = (keys.element_size(), joint, values is keys, backward)
-    return q.new_empty(
-        _native.C.slot_attend_workspace_cuda(*sizes, *kind, _native.stream(q)[0]), dtype=torch.int64
-    )
+    return q.new_empty(_native.C.slot_attend_workspace_cuda(*sizes, *kind, _native.stream(q)[0]), dtype=torch.int64)
 
 
 def _open_slots(slot_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -123,57 +99,26 @@ def _open_slots(slot_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if slot_mask is None else (~slot_mask).float()
 
 
-def _cuda_attend_forward(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    with_dots: bool,
-    with_attn: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    shape = (*q.shape[:3], keys.shape[2])
-    num, den = q.new_empty(*q.shape[:3], values.shape[3]), q.new_empty(q.shape[:3])
-    dots, attn = (q.new_empty(shape) if asked else None for asked in (with_dots, with_attn))
+def _cuda_attend_forward(*args: Any) -> Any:
+    keys, values, mean, rstd, q, c, token_mask, slot_mask, groups, joint, eps_add, with_dots, with_attn = args
+    tokens = keys, values, mean, rstd, q.contiguous(), c.contiguous(), token_mask
+    results = _new_results(tokens, with_dots, with_attn)
     workspace = _cuda_workspace(keys, values, q, groups, joint, False)
-    tokens = (keys, values, mean, rstd, q.contiguous(), c.contiguous(), token_mask, _open_slots(slot_mask))
-    views = _native_views(*tokens, num, den, dots, attn, workspace)
+    views = _native_views(*tokens, _open_slots(slot_mask), *results, workspace)
     _native.C.slot_attend_forward_cuda(*views, groups, joint, eps_add, *_native.stream(q))
-    return num, den, dots, attn
+    return results
 
 
-def _cuda_attend_backward(
-    grad_num: torch.Tensor,
-    grad_den: torch.Tensor,
-    grad_dots: torch.Tensor | None,
-    grad_attn: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor | None,
-    q: torch.Tensor,
-    c: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    slot_mask: torch.Tensor | None,
-    groups: int,
-    joint: bool,
-    eps_add: float,
-    grad_keys: torch.Tensor,
-    grad_values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_q, grad_c = q.new_empty(q.shape), c.new_empty(c.shape)
+def _cuda_attend_backward(*args: Any) -> Any:
+    grad_num, grad_den, *maps, keys, values, mean, rstd, q, c, token_mask, slot_mask = args[:12]
+    groups, joint, eps_add, grad_keys, grad_values = args[12:]
+    grads = q.new_empty(q.shape), c.new_empty(c.shape)
     workspace = _cuda_workspace(keys, values, q, groups, joint, True)
-    grads = (grad_num.contiguous(), grad_den.contiguous(), grad_dots, grad_attn)
-    tokens = (keys, values, mean, rstd, q.contiguous(), c.contiguous(), token_mask, _open_slots(slot_mask))
-    views = _native_views(*grads, *tokens, grad_keys, grad_values, grad_q, grad_c, workspace)
+    tokens = keys, values, mean, rstd, q.contiguous(), c.contiguous(), token_mask, _open_slots(slot_mask)
+    results = grad_keys, grad_values, *grads, workspace
+    views = _native_views(grad_num.contiguous(), grad_den.contiguous(), *maps, *tokens, *results)
     _native.C.slot_attend_backward_cuda(*views, groups, joint, eps_add, *_native.stream(q))
-    return grad_q, grad_c
+    return grads
 
 
 def _cuda_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
