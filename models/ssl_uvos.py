@@ -27,6 +27,8 @@ from torch import nn
 
 import vidops
 from vidops.checkpoints import LoadReport
+from vidops.models import recipe
+from vidops.models.recipe import parameter_groups as parameter_groups
 from vidops.models.ssl_uvos_losses import LossSettings, motion_loss, sample_patches, semantic_loss
 from vidops.models.vit import Block, DinoEncoder, load_with_encoder
 
@@ -394,18 +396,9 @@ def preprocess(
     return (images - mean) / std
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Trainable parameters for AdamW: `weight_decay` on matrices, none on biases and 1-D parameters."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if p.dim() > 1 and not name.endswith(".bias")]
-    plain = [p for name, p in trainable if p.dim() <= 1 or name.endswith(".bias")]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
 def cosine_lr(iteration: int, *, total: int = 60_000, base: float = 1e-5, final: float = 1e-6) -> float:
     """Learning rate of the recipe: cosine from `base` to `final` over `total` iterations, no warm-up."""
-    progress = min(max(iteration, 0), total) / total
-    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+    return recipe.cosine_lr(iteration, total=total, base=base, final=final)
 
 
 def with_losses(config: str | SSLUVOSConfig, **changes: Any) -> SSLUVOSConfig:

@@ -102,8 +102,21 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: ``x + Attn(LN1(x))``, then ``x + MLP(LN2(x))``."""
+    """Pre-norm transformer block: ``x + Attn(LN1(x))``, then ``x + MLP(LN2(x))``; `layer_scale` is the first value of
+    the factors of both branches, None for no factors.
+    """
 
     def __init__(
         self,
@@ -116,26 +129,36 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(
-            dim, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout
-        )
+        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden, dropout)
+        self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
 
     def forward(
         self, x: torch.Tensor, need: str = "none", *, seed: int | None = None, backend: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B, N, C) -> tokens (B, N, C) and the attention weights asked for, see `Attention`."""
         update, weights = self.attn(self.norm1(x), need, seed=seed, backend=backend)
-        x = x + self._kept(update)
-        return x + self._kept(self.mlp(self.norm2(x))), weights
+        x = x + self._kept(self.ls1(update))
+        return x + self._kept(self.ls2(self.mlp(self.norm2(x)))), weights
 
     def _kept(self, update: torch.Tensor) -> torch.Tensor:
         return stochastic_depth(update, self.drop_path) if self.training and self.drop_path > 0 else update
+
+
+def patch_grid(images: torch.Tensor, patch: int) -> tuple[int, int]:
+    """Patch rows and columns of images (B, 3, H, W); ValueError when they do not split into patches."""
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ValueError(f"images: {height}x{width} are no multiples of the patch size {patch}")
+    return height // patch, width // patch
 
 
 class PatchEmbed(nn.Module):
@@ -164,6 +187,7 @@ class DinoEncoder(nn.Module):
         hidden: width of the MLPs (default 4 * dim).
         eps: epsilon of every LayerNorm.
         drop_path: stochastic depth of the last block in training mode; it grows linearly from 0 at the first.
+        layer_scale, mask_token: what a DINOv2 checkpoint has in addition, see `Block`; the token is never applied.
     """
 
     def __init__(
@@ -177,6 +201,8 @@ class DinoEncoder(nn.Module):
         hidden: int | None = None,
         eps: float = 1e-6,
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -189,6 +215,8 @@ class DinoEncoder(nn.Module):
         self.grid = img_size // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = PatchEmbed(dim, patch)
         self.blocks = nn.ModuleList(
             Block(
@@ -198,6 +226,7 @@ class DinoEncoder(nn.Module):
                 qkv_bias=True,
                 eps=eps,
                 drop_path=drop_path * i / max(depth - 1, 1),
+                layer_scale=layer_scale,
             )
             for i in range(depth)
         )
@@ -216,12 +245,7 @@ class DinoEncoder(nn.Module):
 
     def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
         """Patch rows and columns of images (B, 3, H, W); ValueError when they do not split into patches."""
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
-        height, width = images.shape[-2:]
-        if min(height, width) < self.patch or height % self.patch or width % self.patch:
-            raise ValueError(f"images: {height}x{width} are no multiples of the patch size {self.patch}")
-        return height // self.patch, width // self.patch
+        return patch_grid(images, self.patch)
 
     def position_embedding(self, rows: int, columns: int) -> torch.Tensor:
         """Position embedding (1, 1 + rows*columns, C) for a patch grid.
@@ -278,21 +302,25 @@ class DinoEncoder(nn.Module):
 def _canonical_names(
     state: Mapping[str, torch.Tensor], layout: str
 ) -> tuple[dict[str, torch.Tensor], str, tuple[str, ...]]:
-    """Names of a model whose `DinoEncoder` is called "encoder", for a state dict in any accepted layout: its own
-    or one of DINO's. Also the layout found, and names left out.
+    """Names of a model whose encoder is called "encoder", for a state dict in any accepted layout: its own, one of
+    DINO's or CLIP's. Also the layout found, and names left out.
     """
     state = checkpoints.without_prefix(state, "module.")
     kept = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     if kept:
         ignored = tuple(name for name in state if not name.startswith("backbone."))
         return {f"encoder.{name}": t for name, t in kept.items()}, f"DINO checkpoint, {layout}", ignored
+    visual = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
+    if visual:
+        ignored = tuple(name for name in state if not name.startswith("visual."))
+        return {f"encoder.{name}": t for name, t in visual.items()}, f"CLIP checkpoint, {layout}", ignored
     if "pos_embed" in state or "patch_embed.proj.weight" in state:
         return {f"encoder.{name}": t for name, t in state.items()}, "DINO backbone", ()
     return state, layout, ()
 
 
 def load_with_encoder(model: nn.Module, path: str | Path, *, strict: bool) -> LoadReport:
-    """Load a local checkpoint into a model whose `DinoEncoder` is called "encoder"; without `strict` everything but
+    """Load a local checkpoint into a model whose encoder is called "encoder"; without `strict` everything but
     the encoder may be missing.
     """
     found = checkpoints.read_state_dict(path)

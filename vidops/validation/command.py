@@ -13,7 +13,7 @@ import torch
 
 from vidops._registry import BACKENDS, NO_IMPLEMENTATION, OPS, BackendError
 from vidops.ops import _backends
-from vidops.validation import slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
+from vidops.validation import object_adapter, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
 from vidops.validation.case import Case, Check, GoldenError, NotImplementedYet
 
 
@@ -39,8 +39,17 @@ CLUSTER_OPS = (
 )
 MODEL_OPS = (*CLUSTER_OPS, "video_attention")
 SLOT_OPS = ("slot_attention",)
+ADAPTER_OPS = ("slot_attention", "video_attention")
 
 KINDS: dict[str, dict[str, Kind]] = {
+    "object_adapter": {
+        "adapter3d": Kind(object_adapter.check_adapter3d, ADAPTER_OPS),
+        "losses": Kind(object_adapter.check_losses, ADAPTER_OPS),
+        "model_e2e": Kind(object_adapter.check_model_e2e, ADAPTER_OPS),
+        "object_state_change": Kind(object_adapter.check_object_state_change, ("video_attention",)),
+        "slot_attention": Kind(object_adapter.check_slot_attention, SLOT_OPS),
+        "space_time_attention": Kind(object_adapter.check_space_time_attention, ("video_attention",)),
+    },
     "slot_attention": {
         "bo_qsa": Kind(slot_attention.check_bo_qsa, SLOT_OPS),
         "dinosaur": Kind(slot_attention.check_dinosaur, SLOT_OPS),
@@ -71,10 +80,7 @@ KINDS: dict[str, dict[str, Kind]] = {
 }
 
 # Papers whose goldens exist and whose ops do not, yet: listed, and a failure only with --strict.
-LATER = (
-    "dclr internlm_xcomposer motion_inductive object_adapter songcomposer sta video_concepts "
-    "video_streaming"
-).split()
+LATER = ("dclr internlm_xcomposer motion_inductive songcomposer sta video_concepts video_streaming").split()
 
 
 def _accepts(backend: str, op: str) -> bool:
