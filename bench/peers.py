@@ -141,6 +141,9 @@ def scipy_mean(p: torch.Tensor, near: torch.Tensor) -> Peer:
     return call
 
 
+SlotForm = Callable[[torch.Tensor, torch.Tensor, vidops.SlotParams, int, bool], torch.Tensor]
+
+
 def eager_slots(
     inputs: torch.Tensor, slots: torch.Tensor, p: vidops.SlotParams, iters: int, bilevel: bool
 ) -> torch.Tensor:
@@ -160,6 +163,42 @@ def eager_slots(
         for _ in range(iters - 1):
             moved = _eager_slot_step(keys, values, moved, p)
     return _eager_slot_step(keys, values, moved + slots - slots.detach(), p)
+
+
+def lucidrains_slots(hidden: int) -> SlotForm | str:
+    """The module of the package `slot-attention`, its parameters replaced by those of the call and its noise by zero;
+    or why it does not take part."""
+    if why := _missing("slot_attention"):
+        return why
+    from slot_attention import SlotAttention
+
+    def call(
+        inputs: torch.Tensor, slots: torch.Tensor, p: vidops.SlotParams, iters: int, bilevel: bool
+    ) -> torch.Tensor:
+        with torch.device("meta"):
+            module = SlotAttention(slots.shape[1], slots.shape[2], iters, hidden_dim=hidden)
+        state: dict[str, torch.Tensor] = {"slots_mu": slots, "slots_logsigma": torch.full_like(slots, -torch.inf)}
+        for name, short in _PACKAGE_NAMES.items():
+            for part in ("weight", "bias"):
+                state[f"{name}.{part}"] = getattr(p, f"{short}_{part}")
+        for name, short in (("mlp.0", "1"), ("mlp.2", "2")):
+            for part in ("weight", "bias"):
+                state[f"{name}.{part}"] = getattr(p, f"mlp_{part}{short}")
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            state[f"gru.{part}"] = getattr(p, f"gru_{part}")
+        return torch.func.functional_call(module, state, (inputs,))
+
+    return call
+
+
+_PACKAGE_NAMES = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "norm_input": "norm_input",
+    "norm_slots": "norm_slots",
+    "norm_pre_ff": "norm_mlp",
+}
 
 
 def _eager_slot_step(

@@ -1,4 +1,5 @@
-"""Slot attention at published shapes against the public algorithm in eager PyTorch and the same compiled.
+"""Slot attention at published shapes against the public algorithm in eager PyTorch, the same compiled, and the module
+of the package `slot-attention` where that is installed and has the variant.
 
 ``python bench/slots.py [rounds]``: interleaved medians of one-thread CPU time, the error against float64 and the peak
 memory of a call beside them; the forward without gradients, then forward and backward.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peers import eager_slots
+from peers import SlotForm, eager_slots, lucidrains_slots
 
 import vidops
 
@@ -42,6 +43,7 @@ WORKLOADS = (
     Workload("Locatello, N 4096", 4, 4096, 64, 7, 128),
     Workload("Locatello, N 16384", 2, 16384, 64, 11, 128),
     Workload("DINOSAUR", 8, 784, 256, 24, 1024),
+    Workload("lucidrains", 2, 1024, 512, 5, 512),
 )
 
 
@@ -91,9 +93,6 @@ def in_float64(c: Case) -> Case:
     return Case(c.workload, wide(c.inputs), wide(c.slots), vidops.SlotParams(**params), c.grad.double())
 
 
-Form = Callable[[torch.Tensor, torch.Tensor, vidops.SlotParams, int, bool], torch.Tensor]
-
-
 def native(
     inputs: torch.Tensor, slots: torch.Tensor, params: vidops.SlotParams, iters: int, bilevel: bool
 ) -> torch.Tensor:
@@ -101,21 +100,28 @@ def native(
     return vidops.slot_attention(inputs, slots, params, iters=iters, grad_mode=mode, backend="cpu")
 
 
-def forms() -> dict[str, Form]:
+def forms(w: Workload) -> dict[str, SlotForm | str]:
+    """What runs a workload, or why it does not."""
     # Else a workload counts against the limit of recompilations of the one before, beyond which code stays eager.
     torch.compiler.reset()
-    return {"eager": eager_slots, "eager+compile": torch.compile(eager_slots, dynamic=False), "cpu": native}
+    public = lucidrains_slots(w.hidden) if w.gru and not w.bilevel else "the package has no such variant"
+    return {
+        "eager": eager_slots,
+        "eager+compile": torch.compile(eager_slots, dynamic=False),
+        "lucidrains": public,
+        "cpu": native,
+    }
 
 
 Results = list[torch.Tensor]
 
 
-def forward(form: Form, c: Case) -> Results:
+def forward(form: SlotForm, c: Case) -> Results:
     with torch.no_grad():
         return [form(c.inputs, c.slots, c.params, ITERS, c.workload.bilevel)]
 
 
-def training(form: Form, c: Case) -> Results:
+def training(form: SlotForm, c: Case) -> Results:
     """The slots, and the gradient of every leaf."""
     out = form(c.inputs, c.slots, c.params, ITERS, c.workload.bilevel)
     return [out.detach(), *torch.autograd.grad(out, c.leaves(), c.grad)]
@@ -125,7 +131,11 @@ PASSES = {"forward": forward, "forward+backward": training}
 
 
 def variants(c: Case, kind: str) -> dict[str, Callable[[], Results]]:
-    return {name: functools.partial(PASSES[kind], form, c) for name, form in forms().items()}
+    return {
+        name: functools.partial(PASSES[kind], form, c)
+        for name, form in forms(c.workload).items()
+        if not isinstance(form, str)
+    }
 
 
 def exact(c: Case, kind: str) -> Results:
