@@ -1,6 +1,7 @@
-"""The clustering window on a card: ``python bench/gpu_window.py [--quick] [--long] [--json FILE]``.
+"""The clustering window and slot attention on a card: ``python bench/gpu_window.py [--quick] [--long] [--json FILE]``.
 
-Every step of the window and the window itself, at the sizes of a 320 x 480 video, in one process with its peers:
+Every step of the window and the window itself, at the sizes of a 320 x 480 video, attention with its map, and slot
+attention at published sizes, in one process with its peers:
 the public algorithm in eager PyTorch (float32, and with TF32 products), compiled, Triton and CUDA. Errors are
 against float64 on the same card; a variant that is wrong gets FAILED and no time.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gpu_attention
+import gpu_slots
 import torch
 from gpu_record import BENCH_HEADER, bench_line
 from gpu_timing import Group, Variant, Verdict, cache_bytes, ceilings, matmul_precision, measure, peak_memory, rotated
@@ -360,6 +362,11 @@ def main(argv: list[str] | None = None) -> int:
         d = data(*WORKLOADS[name], device)
         steps = groups(d, backends, compiled=True)
         steps += gpu_attention.groups(WORKLOADS[name][0], device, backends, compiled=True)
+        run_groups(name, steps)
+        if name == names[0]:
+            found["host_reads"] = {b: host_reads(b, d) for b in with_ops(backends, WINDOW_OPS)}
+
+    def run_groups(name: str, steps: Iterable[Group]) -> None:
         for group in steps:
             rows = bench(group, device, rounds=7 if options.quick else 15, budget_s=4 if options.quick else 8)
             for row in rows:
@@ -367,12 +374,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(bench_line(row), flush=True)
             found["rows"] += rows
             save()  # a run that is stopped keeps what it has
-        if name == names[0]:
-            found["host_reads"] = {b: host_reads(b, d) for b in with_ops(backends, WINDOW_OPS)}
 
     for name in names:
         run(name)
         torch.cuda.empty_cache()
+    chosen = gpu_slots.WORKLOADS[:1] if options.quick else gpu_slots.WORKLOADS
+    run_groups("slots", gpu_slots.groups(device, backends, compiled=True, workloads=chosen))
     if not options.quick:
         found["long_video"] = [long_video(b, device) for b in with_ops(backends, CLUSTER_OPS)]
     save()

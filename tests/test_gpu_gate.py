@@ -11,10 +11,12 @@ from pathlib import Path
 import gpu_attention
 import gpu_check
 import gpu_record
+import gpu_slots
 import gpu_smoke
 import gpu_timing
 import gpu_window
 import pytest
+import slots
 import torch
 from gpu_check import FAILED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Step
 
@@ -455,6 +457,8 @@ def window_groups():
     torch.set_num_threads(1)
     d = gpu_window.data(200, 150, CPU)
     found = gpu_window.groups(d, ["cpu"], compiled=False) + gpu_attention.groups(40, CPU, ["cpu"], compiled=False)
+    small = (slots.Workload("gated", 2, 33, 24, 5, 16), slots.Workload("residual", 2, 17, 16, 3, 8, False, True))
+    found += gpu_slots.groups(CPU, ["cpu"], False, small)
     return {group.name: group for group in found}
 
 
@@ -477,6 +481,8 @@ def test_bench_rows(window_groups):
     ("assign", lambda out: out.roll(1)),
     ("window", lambda out: out.roll(1)),
     ("attention fp32", lambda outs: (outs[0], outs[1] * 1.001)),
+    ("gated, forward bf16", lambda outs: [outs[0] + 0.1]),
+    ("residual, fwd+bwd fp32", lambda outs: [*outs[:-1], outs[-1] * 1.001]),
     ("attention fwd+bwd bf16", lambda outs: (outs[0] * torch.nan, *outs[1:])),
 ])  # fmt: skip
 def test_wrong_variants_get_no_time(window_groups, name, spoil):
