@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import INTERPRETED, close, device_for, heads, on_backends, skip_dtype
+from matrix import EMULATED, INTERPRETED, close, device_for, heads, on_backends, skip_dtype
 from op_cases import slot_weights
 
 import vidops
@@ -348,3 +348,15 @@ def test_follows_its_tokens_and_slots(backend, name):
     )
     assert torch.allclose(moved, out[:, order], rtol=1e-3, atol=1e-4)
     assert torch.allclose(moved_attn, attn[:, order][:, :, tokens], rtol=1e-3, atol=1e-4)
+
+
+@on_backends("slot_attention", gradient=True)
+@pytest.mark.parametrize("name", ["multi-head", "instances"])
+def test_a_hundred_runs_give_the_same_bits(backend, name):
+    """Forward and backward, with memory that other tensors have used in between."""
+    first = _with_gradients(name, backend, torch.float32, torch.float32)
+    for run in range(3 if EMULATED else 100):
+        scratch = torch.full((run + 1, 1009), torch.nan, device=device_for(backend))
+        del scratch
+        again = _with_gradients(name, backend, torch.float32, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), run
