@@ -62,6 +62,7 @@ class SMTCConfig:
     slot_hidden: int = 384
     iters: int = 3
     threshold: float = 0.3
+    soft_mask: bool = False
     reparameterised: bool = False
     frames: int = 4
     losses: LossSettings = field(default_factory=LossSettings)
@@ -252,6 +253,7 @@ class SMTC(nn.Module):
             c.iters,
             hidden_dim=c.slot_hidden,
             threshold=c.threshold,
+            soft_mask=c.soft_mask,
             reparameterised=c.reparameterised,
         )
 

@@ -140,14 +140,15 @@ def slot_weights(
 
 
 def _slot_attention(gradient: bool, tokens: int, dtype: torch.dtype, backend: str) -> tuple[Tensors, tuple[Any, ...]]:
-    """Two heads, two groups of two slots, masks of both kinds and every weight; the LayerNorms' constant is so large
-    that the rounding of a row of equal values stays small."""
-    batch, slots, din, d, options = 2, 4, 13, 10, (2, 2, 0.5, False, 2, 1e-3, False, 1e-2, 0.1, "gelu", "full", True)
+    """Two heads, two groups of two slots, a soft mask of tokens and one of slots, and every weight; the LayerNorms'
+    constant is so large that the rounding of a row of equal values stays small."""
+    batch, slots, din, d = 2, 4, 13, 10
+    options = (2, 2, 0.5, False, 2, 1e-3, False, 1e-2, 0.1, "gelu", "full", True, True)
     inputs, start = heads(batch, tokens, din, dtype=dtype, on=backend), heads(batch, slots, d, dtype=dtype, on=backend)
-    token_mask = torch.arange(batch * 2 * tokens, device=inputs.device).view(batch, 2, tokens) % 3 != 0
+    token_mask = (torch.arange(batch * 2 * tokens, device=inputs.device).view(batch, 2, tokens) % 3 / 2).to(dtype)
     slot_mask = torch.tensor([[False, False, False, True]] * batch, device=inputs.device)
     weights = vars(slot_weights(din, d, 12, 8, dtype=dtype, backend=backend)).values()
-    tensors, scalars = (inputs, start, *weights, token_mask, slot_mask), (*options, True)
+    tensors, scalars = (inputs, start, *weights, token_mask, slot_mask), (*options, gradient)
     if not gradient:
         return tensors, scalars
     with torch.no_grad():

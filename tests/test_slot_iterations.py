@@ -77,11 +77,13 @@ class Draw:
             grad_mode=choose.choice(["full", "bilevel", "fixed_point"]),
             with_dots=self.some(),
             with_attn=self.some(),
+            mask_grad=False,
         )
         token_mask = slot_mask = None
         if self.some() and options.extra_denominator + in_denominator > 0:  # else an empty mask is 0 / 0
             token_mask = torch.rand(batch, groups, tokens, generator=self.generator, dtype=torch.float64)
             token_mask = token_mask * (token_mask > 0.5)
+            options = options._replace(mask_grad=self.some())
         if each > 1 and self.some():
             slot_mask = torch.zeros(batch, slots, dtype=torch.bool)
             slot_mask[:, 0] = True
@@ -108,8 +110,9 @@ def _close(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_driver_is_autograd_of_the_reference(seed, absorbed):
     draw = Draw(seed)
     args = draw.call()
-    leaves = [t if t is None else t.clone().requires_grad_(True) for t in args[:WEIGHTS]]
-    want = reference(*leaves, *args[WEIGHTS:])
+    trained = WEIGHTS + SlotOptions(*args[WEIGHTS + 2 :]).mask_grad
+    leaves = [t if t is None else t.clone().requires_grad_(True) for t in args[:trained]]
+    want = reference(*leaves, *args[trained:])
     grads = [draw.normal(*t.shape) for t in want[:3]]
     present = [t for t in leaves if t is not None]
     scalar = sum((_finite(t) * g).sum() for t, g in zip(want[:3], grads, strict=True))
@@ -130,7 +133,7 @@ def test_draws_cover_every_option():
     for index in (*range(2, 6), *range(WEIGHTS - 12, WEIGHTS + 2)):
         assert any(call[index] is None for call in calls)
     options = [SlotOptions(*call[WEIGHTS + 2 :]) for call in calls]
-    for name in ("joint_heads", "eps_in_denominator", "with_dots", "with_attn"):
+    for name in ("joint_heads", "eps_in_denominator", "with_dots", "with_attn", "mask_grad"):
         assert {getattr(o, name) for o in options} == {True, False}
     modes = {(o.grad_mode, o.iters, o.heads > 1, o.groups > 1) for o in options}
     assert len({mode[:2] for mode in modes}) == 9 and len(modes) > 20

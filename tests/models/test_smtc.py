@@ -31,7 +31,7 @@ from vidops.models.vit import stochastic_depth
 from vidops.validation import Case, command
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "smtc"
-CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if path.stem != "slot_two_stage_softmask")
+CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -65,6 +65,7 @@ def test_golden(name: str, backend: str) -> None:
     [
         ("slot_two_stage_it3", "out.instance_dots"),
         ("slot_two_stage_empty_mask", "grad.slots_mu"),
+        ("slot_two_stage_softmask", "grad.inputs"),
         ("transport_fusion", "out.resized_k"),
         ("transport_fusion", "grad.k"),
         ("losses", "out.match_index"),
@@ -92,14 +93,6 @@ def test_golden_checks_refuse_a_case_without_outputs(name: str) -> None:
     case = golden(name)
     bare = {k: v for k, v in case.arrays.items() if not k.startswith(("out.", "grad.", "in.R"))}
     assert [c.error for c in checks_of(replace(case, arrays=bare), "reference")] == [math.inf]
-
-
-def test_the_soft_mask_is_listed_as_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "slot_two_stage_x.npz").write_bytes((GOLDEN / "slot_two_stage_softmask.npz").read_bytes())
-    options = [str(tmp_path), "--slug", "smtc", "--backend", "reference"]
-    assert command.main(options) == 0
-    assert "not implemented yet: a token mask with a gradient" in capsys.readouterr().out
-    assert command.main([*options, "--strict"]) == 1
 
 
 def test_paper_scale_has_the_published_names_and_counts() -> None:
@@ -342,8 +335,10 @@ def test_training_step_trains_all_it_should(backend: str) -> None:
     # Their gradient is that of keys alone: neither the last block's output nor the final norm takes part.
     unused = ("encoder.norm.", "encoder.blocks.1.attn.proj", "encoder.blocks.1.norm2", "encoder.blocks.1.mlp")
     for name, parameter in student.named_parameters():
-        if name.startswith(unused) or name == "slot_attention.slots_sigma":
+        if name.startswith(unused):
             assert parameter.grad is None, name
+        elif name == "slot_attention.slots_sigma":  # zero and not absent: weight decay acts on it
+            assert parameter.grad is not None and not parameter.grad.any()
         elif not name.startswith("mlp_slot."):  # no instance of these weights need be valid
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -354,7 +349,7 @@ def test_training_reduces_the_loss() -> None:
     teacher.load_state_dict(student.state_dict())
     clip = torch.randn(1, 3, 3, 24, 24)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    init = student.slot_attention.sample_instances(3)
+    init = student.slot_attention.sample_instances(3).detach()
     losses = []
     for _ in range(20):
         with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 from matrix import BACKENDS, DEVICE, EMULATED, INTERPRETED, ONLY, SHIM, device_for
 
 from vidops.validation import object_adapter, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
-from vidops.validation.case import Case, NotImplementedYet
+from vidops.validation.case import Case
 from vidops.validation.command import KINDS, MODEL_OPS, kind_of, main, runnable
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,10 +31,7 @@ def test_golden(path, backend, monkeypatch):
         for module in (object_adapter, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops):
             monkeypatch.setattr(module, "device_of", device_for)
     kinds = KINDS[path.parent.name]
-    try:
-        checks = kinds[kind_of(path.stem, kinds)].run(Case.load(path), backend)
-    except NotImplementedYet as why:
-        pytest.skip(str(why))
+    checks = kinds[kind_of(path.stem, kinds)].run(Case.load(path), backend)
     assert checks
     assert not [check for check in checks if not check.ok]
 

@@ -168,6 +168,39 @@ class TestMasks:
         assert leaf.grad.isfinite().all()
 
     @on_backends("slot_attention", gradient=True)
+    @pytest.mark.parametrize("absorbed", [True, False])
+    @pytest.mark.parametrize("name", ["multi-head", "joint heads", "instances", "corrector"])
+    def test_gradient_of_a_soft_mask(self, backend, name, absorbed, monkeypatch):
+        monkeypatch.setattr(_slot_iterations, "absorbs", lambda *sizes: absorbed)
+
+        def gradients(on: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+            inputs, slots, params, options = _call(name, on, torch.float32)
+            inputs, slots = inputs.to(dtype).requires_grad_(True), slots.to(dtype)
+            mask = heads(2, options.get("groups", 1), N, seed=5, on=on).abs().to(dtype).requires_grad_(True)
+            outputs = vidops.slot_attention(
+                inputs, slots, _as(params, dtype), backend=on, **{**options, "token_mask": mask}
+            )
+            return torch.autograd.grad(sum(t.square().sum() for t in outputs), (inputs, mask))
+
+        exact, own = (gradients("reference", t) for t in (torch.float64, torch.float32))
+        for a, b, c in zip(gradients(backend, torch.float32), own, exact, strict=True):
+            close(a.cpu(), b.cpu(), c.cpu(), floor=2e-6)
+
+    @on_backends("slot_attention", gradient=True)
+    def test_a_soft_mask_needs_no_gradient(self, backend):
+        inputs, slots, params, options = _call("instances", backend, torch.float32)
+        options["token_mask"] = heads(2, 2, N, seed=5, on=backend).abs()
+        leaf = inputs.clone().requires_grad_(True)
+        out = vidops.slot_attention(leaf, slots, params, backend=backend, **options)[0]
+        (plain,) = torch.autograd.grad(out.sum(), leaf)
+        options["token_mask"] = options["token_mask"].clone().requires_grad_(True)
+        with torch.no_grad():
+            assert not vidops.slot_attention(leaf, slots, params, backend=backend, **options)[0].requires_grad
+        out = vidops.slot_attention(leaf, slots, params, backend=backend, **options)[0]
+        out.sum().backward()
+        assert torch.allclose(leaf.grad, plain, rtol=1e-4, atol=1e-5) and options["token_mask"].grad.shape == (2, 2, N)
+
+    @on_backends("slot_attention", gradient=True)
     @pytest.mark.parametrize("name", ["locatello", "multi-head", "joint heads"])
     def test_masked_slots(self, backend, name):
         inputs, slots, params, options = _call(name, backend, torch.float32)

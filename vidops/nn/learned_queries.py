@@ -150,10 +150,11 @@ class TwoStageSlotAttention(nn.Module):
     """SMTC: Qian, Ding, Liu, Lin, ICCV 2023 (arXiv 2308.09951), with the names of the authors' checkpoints.
 
     The first stage splits the tokens into semantics, from learned means. The second splits each semantic into
-    instances, from samples around its mean, over the tokens whose semantic dots exceed `threshold`. Weights are
-    shared. Only the last iteration of each stage is differentiated, and its gradient passes on to the stage's initial
-    slots. None reaches the means and deviations through a sample, unless it is `reparameterised`, which the authors'
-    is not.
+    instances, from samples around its mean, over the tokens whose semantic dots exceed `threshold`; with `soft_mask`
+    (the authors' first release) over all tokens, weighted by the softmax of those dots, which then get a gradient.
+    Weights are shared. Only the last iteration of each stage is differentiated, and its gradient passes on to the
+    stage's initial slots. None reaches the means and deviations through a sample, unless it is `reparameterised`,
+    which the authors' is not.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class TwoStageSlotAttention(nn.Module):
         hidden_dim: int = 128,
         *,
         threshold: float = 0.3,
+        soft_mask: bool = False,
         reparameterised: bool = False,
     ) -> None:
         super().__init__()
@@ -176,6 +178,7 @@ class TwoStageSlotAttention(nn.Module):
         self.eps = eps
         self.scale = dim**-0.5
         self.threshold = threshold
+        self.soft_mask = soft_mask
         self.reparameterised = reparameterised
         self.slots_mu = nn.Parameter(torch.randn(1, num_slots, 1, dim))
         self.slots_sigma = nn.Parameter(torch.zeros(1, num_slots, 1, dim))
@@ -189,11 +192,12 @@ class TwoStageSlotAttention(nn.Module):
         self.mlp = mlp(dim, max(dim, hidden_dim))
 
     def sample_instances(self, batch: int) -> torch.Tensor:
-        """Initial instances (batch, S, P, dim): draws from N(mu, exp(sigma)), without a gradient by default."""
+        """Initial instances (batch, S, P, dim): draws from N(mu, exp(sigma)), with zero gradients by default."""
         size = (batch, self.num_slots, self.num_instances, self.dim)
         if self.reparameterised:
             return self.slots_mu + self.slots_sigma.exp() * torch.randn_like(self.slots_mu.expand(size))
-        return torch.normal(self.slots_mu.detach().expand(size), self.slots_sigma.detach().exp().expand(size))
+        # A zero gradient is not an absent one: weight decay still acts on the deviations, as the authors' does.
+        return torch.normal(self.slots_mu.expand(size), self.slots_sigma.exp().expand(size))
 
     def forward(
         self,
@@ -235,9 +239,11 @@ class TwoStageSlotAttention(nn.Module):
             )
 
         semantics, dots = stage(self.slots_mu.squeeze(2).expand(batch, -1, -1))
-        area = dots.detach() > self.threshold
+        area = dots.softmax(1) if self.soft_mask else dots.detach() > self.threshold
+        # A hard mask can be empty, and a mean over nothing needs a denominator.
+        extra = 0.0 if self.soft_mask else 1e-8
         instances, instance_dots = stage(
-            instance_init.flatten(1, 2), groups=self.num_slots, token_mask=area, extra_denominator=1e-8
+            instance_init.flatten(1, 2), groups=self.num_slots, token_mask=area, extra_denominator=extra
         )
         split = (self.num_slots, self.num_instances)
         return semantics, dots, instances.unflatten(1, split), instance_dots.unflatten(1, split)

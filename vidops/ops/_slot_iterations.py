@@ -74,7 +74,9 @@ def backward(
     *args: Any,
     absorbed: bool | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of inputs, slots and of every weight that is there, from those of the forward's first three results."""
+    """Gradients of inputs, slots, of every weight that is there, and of the token mask if it wants one, from those of
+    the forward's first three results.
+    """
     call = SlotCall.of(*args)
     options = call.options
     run = _Run(attend, call, absorbed)
@@ -82,7 +84,7 @@ def backward(
     grad = grad_slots.to(run.dtype)
     for index in reversed(range(len(states))):
         last = index == len(states) - 1
-        taken = run.step(states[index])
+        taken = run.step(states[index], with_attn=options.mask_grad)
         grad = run.step_backward(taken, grad, dots_of_last if last else None, attn_of_last if last else None)
     if options.grad_mode == "fixed_point":
         grad = torch.zeros_like(grad)
@@ -91,6 +93,7 @@ def backward(
         run.grad_inputs().to(call.inputs.dtype),
         grad.to(call.slots.dtype),
         *(weights[name].to(p.dtype) for name, p in vars(call.params).items() if p is not None),
+        *run.mask_gradients(),
     ]
 
 
@@ -177,6 +180,8 @@ class _Run:
         else:
             rows = self._normalised_rows()
             self.keys, self.values = self._projected(rows, self.key), self._projected(rows, self.value)
+        wanted = self.token_mask if options.mask_grad else None
+        self.grad_mask = None if wanted is None else torch.zeros_like(wanted)
         self.grads: dict[str, torch.Tensor] = {}
         # Gradients of what the backend took, and of the folded projections, both summed over iterations.
         self.grad_keys: torch.Tensor | None = None
@@ -305,6 +310,8 @@ class _Run:
         grad_num = self._to_batch(grad_row / taken.total[..., None])
         grad_den = self._to_batch(grad_weight / taken.total + grad_total)
 
+        if self.grad_mask is not None:
+            self.grad_mask += self._mask_gradient(taken, grad_num, grad_den)
         grad_keys, grad_values = self._buffers()
         grad_token_q, grad_c = self.attend.backward(
             grad_num, grad_den, grad_dots, grad_attn, *self._pass(taken.token_q, taken.c), grad_keys, grad_values
@@ -321,6 +328,22 @@ class _Run:
             self._from_heads(grad_q * options.scale), taken.norm.out, p.q_weight, "q_weight", "q_bias"
         )
         return grad_entering + self._norm_backward(grad_normed, taken.norm, "norm_slots")
+
+    def _mask_gradient(self, taken: _Step, grad_num: torch.Tensor, grad_den: torch.Tensor) -> torch.Tensor:
+        """dm_gj = sum over slots i of group g, and heads, of (a_ij + eps) (grad_num_i . V_j + grad_den_i)."""
+        assert taken.attn is not None
+        grad = grad_num @ self.values.to(self.dtype).mT
+        if self.absorbed:
+            shift = grad_num.sum(-1, keepdim=True) * self.mean[:, None, None]
+            grad = (grad - shift) * self.rstd[:, None, None]
+        grad = (taken.attn + self.call.options.eps_add) * (grad + grad_den[..., None])
+        return grad.sum(1).unflatten(1, (self.call.options.groups, -1)).sum(2)
+
+    def mask_gradients(self) -> list[torch.Tensor]:
+        """That of the token mask in its own dtype, if it wants one."""
+        if self.grad_mask is None or self.call.token_mask is None:
+            return []
+        return [self.grad_mask.to(self.call.token_mask.dtype)]
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.grad_keys is None:

@@ -82,6 +82,7 @@ class SlotOptions(NamedTuple):
     grad_mode: str
     with_dots: bool
     with_attn: bool
+    mask_grad: bool  # whether the backward gives the gradient of the token mask
 
     @property
     def eps_add(self) -> float:

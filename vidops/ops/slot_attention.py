@@ -136,7 +136,8 @@ def slot_attention(
         grad_mode: ``"full"`` through all iterations; ``"bilevel"`` through the last one alone, the gradient of the
             slots that enter it passing unchanged to the initial `slots`; ``"fixed_point"`` the same, and none passes
             to `slots`.
-        token_mask: m (B, groups, N), bool or floating, factors of the weights; no gradient reaches it.
+        token_mask: m (B, groups, N), bool or floating, factors of the weights. A floating one that requires a
+            gradient gets it; the backward then holds maps of slots x tokens.
         slot_mask: (B, S) bool, True where a slot takes no part: its dots are -inf. With every slot of an item
             masked the item is NaN.
         return_dots, return_attn: what else to return.
@@ -183,6 +184,7 @@ def slot_attention(
         grad_mode=_checks.choice("grad_mode", grad_mode, ("full", "bilevel", "fixed_point")),
         with_dots=_flag("return_dots", return_dots),
         with_attn=_flag("return_attn", return_attn),
+        mask_grad=token_mask is not None and token_mask.requires_grad and torch.is_grad_enabled(),
     )
     _check_options(options, slots)
     _check_params(params, inputs, slots, options.heads)
@@ -192,7 +194,8 @@ def slot_attention(
     if scale is None:
         options = options._replace(scale=_checks.scale(None, params.q_weight.shape[0] // options.heads))
     weights = flat(params)
-    name = resolve(OP, backend, inputs, slots, *(w for w in weights if w is not None))
+    masks = (token_mask,) if token_mask is not None and options.mask_grad else ()
+    name = resolve(OP, backend, inputs, slots, *(w for w in weights if w is not None), *masks)
     out, dots, attn, _ = OP.call(inputs, slots, *weights, token_mask, slot_mask, *options, name)
     results = (out, *((dots,) if options.with_dots else ()), *((attn,) if options.with_attn else ()))
     return results if len(results) > 1 else out
@@ -260,8 +263,6 @@ def _check_tensors(inputs: Any, slots: Any, token_mask: Any, slot_mask: Any) -> 
         _checks.tensor("token_mask", token_mask, rank=3, floating=False)
         if token_mask.dtype != torch.bool and token_mask.dtype not in _checks.FLOATS:
             raise TypeError(f"token_mask: expected bool or a floating dtype, got {token_mask.dtype}")
-        if token_mask.requires_grad and torch.is_grad_enabled():
-            raise ValueError("token_mask: no gradient reaches it, and it requires one (detach it)")
     if slot_mask is not None:
         _checks.tensor("slot_mask", slot_mask, rank=2, floating=False)
         if slot_mask.dtype != torch.bool:
@@ -370,6 +371,8 @@ def _fake_backward(
     grad_slots: Any, grad_dots: Any, grad_attn: Any, states: Any, inputs: Any, slots: Any, *args: Any
 ) -> list[Any]:
     present = [weight for weight in args[: len(NAMES)] if weight is not None]
+    if SlotOptions(*args[len(NAMES) + 2 : -1]).mask_grad:
+        present.append(args[len(NAMES)])
     return [t.new_empty(t.shape) for t in (inputs, slots, *present)]
 
 
@@ -389,7 +392,7 @@ def _gradient(ctx: Any, grad_slots: Any, grad_dots: Any, grad_attn: Any, grad_st
     )
     found = iter(grads)
     of_weights = [None if t is None else next(found) for t in tensors[:-2]]
-    return *of_weights, None, None, *(None for _ in ctx.scalars)
+    return *of_weights, next(found, None), None, *(None for _ in ctx.scalars)
 
 
 _ARGUMENTS = (
@@ -397,7 +400,7 @@ _ARGUMENTS = (
     + ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in NAMES)
     + ", Tensor? token_mask, Tensor? slot_mask, int iters, int heads, float scale, bool joint_heads, int groups,"
     " float eps, bool eps_in_denominator, float extra_denominator, float ln_eps, str activation, str grad_mode,"
-    " bool with_dots, bool with_attn, str backend"
+    " bool with_dots, bool with_attn, bool mask_grad, str backend"
 )
 
 OP = Op(

@@ -33,10 +33,6 @@ class GoldenError(ValueError):
     """A golden file that cannot be read; the text names the file."""
 
 
-class NotImplementedYet(Exception):
-    """A variant of a known kind that needs what no backend has; the text says what."""
-
-
 @dataclass(frozen=True)
 class Case:
     """Arrays of one golden file."""

@@ -14,7 +14,7 @@ import torch
 from vidops._registry import BACKENDS, NO_IMPLEMENTATION, OPS, BackendError
 from vidops.ops import _backends
 from vidops.validation import object_adapter, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
-from vidops.validation.case import Case, Check, GoldenError, NotImplementedYet
+from vidops.validation.case import Case, Check, GoldenError
 
 
 @dataclass(frozen=True)
@@ -157,18 +157,13 @@ def main(argv: list[str]) -> int:
 
 
 def _run(kind: Kind, path: Path, name: str, backend: str) -> str:
-    """``"passed"``, ``"failed"``, or ``"later"`` for a case with an op, or a variant of one, that the backend has no
-    form of.
-    """
+    """``"passed"``, ``"failed"``, or ``"later"`` for a case with an op that the backend has no form of."""
     shown = backend
     if backend == "triton" and _backends.TRITON_INTERPRETED:
         shown = "triton (interpreted)"
     start = time.perf_counter()
     try:
         checks = kind.run(Case.load(path), backend)
-    except NotImplementedYet as error:
-        print(f"{name:44} {shown:22} not implemented yet: {error}")
-        return "later"
     except BackendError as error:
         if error.reason == NO_IMPLEMENTATION:
             op = str(error).partition(":")[0]

@@ -15,7 +15,6 @@ import vidops
 from vidops.validation.case import (
     Case,
     Check,
-    NotImplementedYet,
     device_of,
     dtypes,
     gradient_checks,
@@ -266,8 +265,6 @@ def _savi_sequence(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
 
 
 def _slot_two_stage(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
-    if case.cfg("soft_mask", 0):
-        raise NotImplementedYet("a token mask with a gradient")
     state, given = state_of(case, dtype), _leaves(case, backend, dtype, "inputs", "instance_init")
     _, num_slots, num_instances, dim = given["instance_init"].shape
     module = vidops.nn.TwoStageSlotAttention(
@@ -278,6 +275,7 @@ def _slot_two_stage(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         eps=float(case.cfg("eps", 1e-8)),
         hidden_dim=len(state["mlp.0.weight"]),
         threshold=float(case.cfg("mask_threshold", 0.3)),
+        soft_mask=bool(case.cfg("soft_mask", 0)),
     )
     parameters = _loaded(module, state, backend, dtype)
     names = ("semantic_slots", "semantic_dots", "instance_slots", "instance_dots")
