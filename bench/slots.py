@@ -35,6 +35,7 @@ class Workload:
     hidden: int  # of the MLP
     gru: bool = True
     bilevel: bool = False
+    seed: int = 0  # one that leaves no unit of the MLP within float32's rounding of ReLU's kink, in any iteration
 
 
 WORKLOADS = (
@@ -42,7 +43,7 @@ WORKLOADS = (
     Workload("SMTC, B 32", 32, 256, 384, 16, 384, gru=False, bilevel=True),
     Workload("Locatello, N 4096", 4, 4096, 64, 7, 128),
     Workload("Locatello, N 16384", 2, 16384, 64, 11, 128),
-    Workload("DINOSAUR", 8, 784, 256, 24, 1024),
+    Workload("DINOSAUR", 8, 784, 256, 24, 1024, seed=3),
     Workload("lucidrains", 2, 1024, 512, 5, 512),
 )
 
@@ -63,7 +64,7 @@ class Case:
 
 def case(w: Workload) -> Case:
     """Tokens around as many centres as there are slots, so that the slots come apart; weights of a fresh module."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(w.seed)
     centres = torch.randn(w.batch, w.slots, w.width, generator=g)
     owner = torch.randint(w.slots, (w.batch, w.tokens, 1), generator=g).expand(-1, -1, w.width)
     inputs = centres.gather(1, owner) + 0.5 * torch.randn(w.batch, w.tokens, w.width, generator=g)

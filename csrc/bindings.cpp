@@ -14,6 +14,7 @@
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
+#include "vidops/slot_side.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -190,6 +191,20 @@ PYBIND11_MODULE(_C, m) {
     a.eps = eps;
     py::gil_scoped_release release;
     vidops::token_statistics_cpu(a, threads);
+  });
+  m.def("product_cpu", [](capsule a, bool a_turned, capsule b, bool b_turned, capsule bias, capsule out, bool add,
+                          int threads) {
+    vidops::ProductParams p;
+    p.a = view(a), p.b = view(b), p.bias = view(bias), p.out = view(out);
+    p.a_turned = a_turned, p.b_turned = b_turned, p.add = add;
+    py::gil_scoped_release release;
+    vidops::product_cpu(p, threads);
+  });
+  m.def("token_norm_grad_cpu", [](capsule rows, capsule mean, capsule rstd, capsule grad, int threads) {
+    vidops::TokenNormGradParams p;
+    p.rows = view(rows), p.mean = view(mean), p.rstd = view(rstd), p.grad = view(grad);
+    py::gil_scoped_release release;
+    vidops::token_norm_grad_cpu(p, threads);
   });
   m.def("label_propagation_forward_cpu",
         [](capsule query, capsule context, capsule labels, capsule out, capsule index, capsule weight, int64_t width,

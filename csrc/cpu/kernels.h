@@ -111,6 +111,16 @@ struct SlotKernels {
   void (*moments)(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd);
 };
 
+// The rest of slot attention.
+template <class T>
+struct SideKernels {
+  // out = tile + bias, and + out if `add`; bias may be null
+  void (*finish)(const T* tile, int64_t tile_pitch, int64_t rows, int64_t columns, const T* bias, bool add, T* out,
+                 int64_t pitch);
+  // One row of a LayerNorm's backward, in place.
+  void (*norm_grad)(const T* x, int64_t width, T mean, T rstd, T* grad);
+};
+
 template <class T>
 struct Kernels {
   Gemm<T> gemm;
@@ -147,6 +157,7 @@ struct Kernels {
   void (*absorb)(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, int64_t rank,
                  int64_t* owner, int64_t* label);
   SlotKernels<T> slots;
+  SideKernels<T> side;
 };
 
 template <class T>

@@ -109,6 +109,10 @@ void pack_kmajor(const T* source, int64_t pitch, int count, int64_t k, void* pan
   T* out = static_cast<T*>(panel);
   for (int64_t i = 0; i < k; ++i, out += R) {
     const T* row = source + i * pitch;
+    if (count == R) {  // a length the compiler knows
+      for (int r = 0; r < R; ++r) out[r] = row[r];
+      continue;
+    }
     for (int r = 0; r < count; ++r) out[r] = row[r];
     for (int r = count; r < R; ++r) out[r] = 0;
   }
@@ -556,6 +560,7 @@ void absorb(const uint64_t* row, uint64_t* alive, int64_t words, int64_t lead, i
 }
 
 #include "slot_attend.inl"
+#include "slot_side.inl"
 
 template <class T>
 constexpr Kernels<T> make_table() {
@@ -582,7 +587,8 @@ constexpr Kernels<T> make_table() {
           nibble_add<T>,
           wide_add<T>,
           absorb,
-          slot_table<T>()};
+          slot_table<T>(),
+          {side_finish<T>, side_norm_grad<T>}};
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
+#include "vidops/slot_side.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -579,7 +580,7 @@ void no_logarithm_with_dropout() {
 template <class T>
 Array<T> rows_alone(std::vector<int64_t> shape, int64_t pad) {
   Array<T> a = normal<T>(std::move(shape), 1, pad);
-  a.data.resize(static_cast<size_t>(a.rows * a.pitch - pad));
+  a.data.resize(static_cast<size_t>(std::max<int64_t>(0, a.rows * a.pitch - pad)));
   a.data.shrink_to_fit();
   return a;
 }
@@ -676,6 +677,58 @@ void slot_attend(const SlotShape& s) {
   close(got_rstd, rstds, "token rstd");
 }
 
+struct ProductShape {
+  int64_t batch, m, n, k;
+};
+
+template <class T>
+void slot_product(const ProductShape& s, bool a_turned, bool b_turned, bool add) {
+  auto a = a_turned ? rows_alone<T>({s.batch, s.k, s.m}, 3) : rows_alone<T>({s.batch, s.m, s.k}, 3);
+  auto b = b_turned ? rows_alone<T>({s.batch, s.n, s.k}, 1) : rows_alone<T>({s.batch, s.k, s.n}, 1);
+  auto bias = normal<T>({s.n}, 1, 0);
+  std::vector<double> want;
+  for (int64_t item = 0; item < s.batch; ++item)
+    for (int64_t i = 0; i < s.m; ++i)
+      for (int64_t j = 0; j < s.n; ++j) {
+        double sum = double(bias.data[j]) + (add ? 0.5 : 0.0);
+        for (int64_t d = 0; d < s.k; ++d)
+          sum += double(a_turned ? a.at(item * s.k + d, i) : a.at(item * s.m + i, d)) *
+                 double(b_turned ? b.at(item * s.n + j, d) : b.at(item * s.k + d, j));
+        want.push_back(sum);
+      }
+  for (int threads : {1, 3}) {
+    Array<T> out({s.batch, s.m, s.n}, 2);
+    if (add)
+      for (int64_t row = 0; row < s.batch * s.m; ++row) std::fill_n(&out.at(row, 0), s.n, T(0.5));
+    ProductParams p;
+    p.a = a.view(), p.a_turned = a_turned, p.b = b.view(), p.b_turned = b_turned;
+    p.bias = bias.view(), p.out = out.view(), p.add = add;
+    product_cpu(p, threads);
+    close(out, want, "slot product");
+  }
+}
+
+template <class T>
+void token_norm_grad(int64_t batch, int64_t tokens, int64_t width) {
+  auto x = rows_alone<T>({batch, tokens, width}, 3), grad = normal<T>({batch, tokens, width}, 1, 2);
+  auto mean = normal<T>({batch, tokens}, 1, 0), rstd = normal<T>({batch, tokens}, 1, 0);
+  std::vector<double> want;
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const double m = double(mean.data[row]), r = double(rstd.data[row]);
+    double sum = 0, projection = 0;
+    for (int64_t d = 0; d < width; ++d) {
+      sum += double(grad.at(row, d)) / double(width);
+      projection += double(grad.at(row, d)) * (double(x.at(row, d)) - m) * r / double(width);
+    }
+    for (int64_t d = 0; d < width; ++d)
+      want.push_back(r * (double(grad.at(row, d)) - sum - (double(x.at(row, d)) - m) * r * projection));
+  }
+  TokenNormGradParams p;
+  p.rows = x.view(), p.mean = mean.view(), p.rstd = rstd.view(), p.grad = grad.view();
+  token_norm_grad_cpu(p, 2);
+  close(grad, want, "token norm grad");
+}
+
 template <class T>
 void everything() {
   for (const Shape& s :
@@ -695,6 +748,10 @@ void everything() {
   slot_attend<T>({2, 1, 7, 300, 64, 32, false, false, true, 1});
   slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});
   slot_attend<T>({1, 2, 4, 63, 5, 17, false, true, false, 2});
+  for (const ProductShape& p : {ProductShape{1, 1, 1, 1}, ProductShape{2, 15, 33, 129}, ProductShape{1, 114, 130, 40},
+                                ProductShape{1, 5, 31, 1030}, ProductShape{1, 3, 5, 0}, ProductShape{0, 3, 5, 2}})
+    for (int form = 0; form < 8; ++form) slot_product<T>(p, form & 1, form & 2, form & 4);
+  for (int64_t width : {1, 16, 37}) token_norm_grad<T>(2, 65, width);
   propagation<T>(1, 1, 1, 1, 3, 1, 1, 0);
   propagation<T>(3, 131, 2, 21, 7, 50, 1, 2);  // several pieces of a row
   propagation<T>(40, 1, 3, 16, 5, 7, 0, 1);

@@ -58,7 +58,36 @@ def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tup
     return mean, rstd
 
 
-_CPU = _slot_iterations.Attend(_cpu_attend_forward, _cpu_attend_backward, _cpu_statistics)
+_SMALL_PRODUCT = 1 << 19  # multiply-adds that take no longer than handing tensors to native code
+
+
+def _by_rows(t: torch.Tensor) -> tuple[Any, bool]:
+    """A view (B, rows, columns) whose last axis is contiguous, and whether rows and columns changed places for it."""
+    t = t if t.dim() == 3 else t[None]
+    turned = t.stride(-1) != 1 and t.stride(-2) == 1
+    return _native.view(t.mT if turned else t), turned
+
+
+def _cpu_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    if a.numel() * b.shape[-1] < _SMALL_PRODUCT:
+        return _slot_iterations.plain_product(a, b, bias, add_to)
+    out = a.new_empty(*a.shape[:-1], b.shape[-1]) if add_to is None else add_to
+    given = _native.view(a.new_empty(0) if bias is None else bias)
+    to = _native.view(out if out.dim() == 3 else out[None])
+    _native.C.product_cpu(*_by_rows(a), *_by_rows(b), given, to, add_to is not None, _native.threads())
+    return out
+
+
+def _cpu_norm_backward(grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    _native.C.token_norm_grad_cpu(*_native_views(x, mean, rstd, grad), _native.threads())
+    return grad
+
+
+_CPU = _slot_iterations.Attend(
+    _cpu_attend_forward, _cpu_attend_backward, _cpu_statistics, _cpu_product, _cpu_norm_backward
+)
 
 
 def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:

@@ -24,13 +24,36 @@ def plain_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tu
     return row_statistics(inputs.to(dtype), eps)
 
 
+def plain_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    if add_to is not None:
+        return add_to.addmm_(a, b) if a.dim() == 2 else add_to.baddbmm_(a, b)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def plain_norm_backward(grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    statistics = mean[..., None], rstd[..., None]
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x.to(grad.dtype), x.shape[-1:], *statistics, None, None, [True, False, False]
+    )[0]
+
+
 class Attend(NamedTuple):
-    """What has a row per token, on one backend: a pass over the tokens as `vidops.reference.slot_attend` defines it,
-    and mean and reciprocal deviation (B, N) of every row."""
+    """What one backend does itself: a pass over the tokens as `vidops.reference.slot_attend` defines it, and, unless
+    PyTorch is good enough at it,
+
+    statistics: mean and reciprocal deviation (B, N) of every row of the tokens;
+    product: of two matrices or two batches of them, each possibly transposed; plus a bias per column (matrices only),
+        or added to a given result;
+    norm_backward: the gradient of the tokens from that of the normalised ones, which it may overwrite.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     statistics: Callable[..., Any] = plain_statistics
+    product: Callable[..., Any] = plain_product
+    norm_backward: Callable[..., Any] = plain_norm_backward
 
 
 def absorbs(tokens: int, channels: int, slots: int, iters: int, heads: int, q_width: int, v_width: int) -> bool:
@@ -53,7 +76,8 @@ def forward(attend: Attend, *args: Any, absorbed: bool | None = None) -> tuple[t
         if last or options.grad_mode == "full":
             entering.append(slots)
         taken = run.step(slots, with_dots=last and options.with_dots, with_attn=last and options.with_attn)
-        slots, dots, attn = taken.out, taken.dots, taken.attn
+        slots, dots, attn = run.leaving(taken), taken.dots, taken.attn
+        del taken  # else the next iteration's results would come on top of these
     none = slots.new_empty(0)
     if dots is not None and options.heads == 1:
         dots = dots.squeeze(1)
@@ -84,8 +108,8 @@ def backward(
     grad = grad_slots.to(run.dtype)
     for index in reversed(range(len(states))):
         last = index == len(states) - 1
-        taken = run.step(states[index], with_attn=options.mask_grad)
-        grad = run.step_backward(taken, grad, dots_of_last if last else None, attn_of_last if last else None)
+        maps = (dots_of_last, attn_of_last) if last else (None, None)
+        grad = run.step_backward(run.step(states[index], with_attn=options.mask_grad), grad, *maps)
     if options.grad_mode == "fixed_point":
         grad = torch.zeros_like(grad)
     weights = run.finish()
@@ -137,7 +161,7 @@ class _Mlp(NamedTuple):
 
 @dataclass
 class _Step:
-    """One iteration: its result, and what its backward needs."""
+    """One iteration, as far as its backward needs it: the result of an MLP is left to `_Run.leaving`."""
 
     slots: torch.Tensor
     norm: _Norm
@@ -150,8 +174,8 @@ class _Step:
     heads_out: torch.Tensor  # (B, S, Hv)
     update: torch.Tensor  # (B, S, Du)
     gates: _Gates | None
+    moved: torch.Tensor  # (B, S, D): the slots after the update
     mlp: _Mlp | None
-    out: torch.Tensor
     dots: torch.Tensor | None
     attn: torch.Tensor | None
 
@@ -202,7 +226,10 @@ class _Run:
 
     def _projected(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(B, H, N, d); the bias is added on the slot side."""
-        return F.linear(rows, weight.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self._linear(rows, weight.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.attend.product(x.flatten(0, -2), weight.T, bias).unflatten(0, x.shape[:-1])
 
     def _to_heads(self, t: torch.Tensor) -> torch.Tensor:
         """(B, S, H * d) to (H, B * S, d), one product per head whatever the batch."""
@@ -223,8 +250,8 @@ class _Run:
     def step(self, slots: torch.Tensor, *, with_dots: bool = False, with_attn: bool = False) -> _Step:
         p, options = self.params, self.call.options
         norm = self._norm(slots, p.norm_slots_weight, p.norm_slots_bias)
-        q = self._to_heads(F.linear(norm.out, p.q_weight, p.q_bias)) * options.scale
-        token_q = self._to_batch(q @ self.key if self.absorbed else q)
+        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias)) * options.scale
+        token_q = self._to_batch(self.attend.product(q, self.key) if self.absorbed else q)
         c = q.new_zeros(q.shape[:2]) if self.key_bias is None else (q @ self.key_bias[..., None]).squeeze(-1)
         c = self._to_batch(c)
         num, den, dots, attn = self.attend.forward(*self._pass(token_q, c), with_dots, with_attn)
@@ -232,20 +259,25 @@ class _Run:
         weight = self._from_batch(den)
         total = weight + options.denominator
         mean_row, weight = self._from_batch(num) / total[..., None], weight / total
-        heads_out = mean_row @ self.value.transpose(1, 2) if self.absorbed else mean_row
+        heads_out = self.attend.product(mean_row, self.value.mT) if self.absorbed else mean_row
         if self.value_bias is not None:
             heads_out = heads_out + weight[..., None] * self.value_bias[:, None]
         heads_out = self._from_heads(heads_out)
-        update = heads_out if p.merge_weight is None else F.linear(heads_out, p.merge_weight, p.merge_bias)
+        update = heads_out if p.merge_weight is None else self._linear(heads_out, p.merge_weight, p.merge_bias)
         gates, moved = None, slots + update if p.gru_weight_ih is None else slots
         if p.gru_weight_ih is not None:
             gates, moved = self._gru(update, slots)
-        mlp, out = None, moved
-        if p.mlp_weight1 is not None:
-            mlp, out = self._mlp(moved)
+        mlp = None if p.mlp_weight1 is None else self._mlp(moved)
         return _Step(
-            slots, norm, q, token_q, c, mean_row, weight, total, heads_out, update, gates, mlp, out, dots, attn
+            slots, norm, q, token_q, c, mean_row, weight, total, heads_out, update, gates, moved, mlp, dots, attn
         )
+
+    def leaving(self, taken: _Step) -> torch.Tensor:
+        """The slots that leave an iteration."""
+        p = self.params
+        if taken.mlp is None or p.mlp_weight2 is None:
+            return taken.moved
+        return self._linear(self._activated(taken.mlp.hidden), p.mlp_weight2, p.mlp_bias2).add_(taken.moved)
 
     def _pass(self, token_q: torch.Tensor, c: torch.Tensor) -> tuple[Any, ...]:
         """The arguments that a backend's forward and backward share."""
@@ -261,18 +293,18 @@ class _Run:
     def _gru(self, update: torch.Tensor, slots: torch.Tensor) -> tuple[_Gates, torch.Tensor]:
         p = self.params
         assert p.gru_weight_ih is not None and p.gru_weight_hh is not None
-        from_update = F.linear(update, p.gru_weight_ih, p.gru_bias_ih).chunk(3, -1)
-        from_slots = F.linear(slots, p.gru_weight_hh, p.gru_bias_hh).chunk(3, -1)
-        reset, keep = (torch.sigmoid(a + b) for a, b in zip(from_update[:2], from_slots[:2], strict=True))
-        candidate = torch.tanh(from_update[2] + reset * from_slots[2])
-        return _Gates(reset, keep, candidate, from_slots[2]), (1 - keep) * candidate + keep * slots
+        width = slots.shape[-1]
+        from_update, new = self._linear(update, p.gru_weight_ih, p.gru_bias_ih).split([2 * width, width], -1)
+        from_slots, recurrent = self._linear(slots, p.gru_weight_hh, p.gru_bias_hh).split([2 * width, width], -1)
+        reset, keep = from_update.add_(from_slots).sigmoid_().chunk(2, -1)
+        candidate = torch.addcmul(new, reset, recurrent).tanh_()
+        return _Gates(reset, keep, candidate, recurrent), (1 - keep) * candidate + keep * slots
 
-    def _mlp(self, slots: torch.Tensor) -> tuple[_Mlp, torch.Tensor]:
+    def _mlp(self, slots: torch.Tensor) -> _Mlp:
         p = self.params
-        assert p.mlp_weight1 is not None and p.mlp_weight2 is not None
+        assert p.mlp_weight1 is not None
         norm = self._norm(slots, p.norm_mlp_weight, p.norm_mlp_bias)
-        hidden = F.linear(norm.out, p.mlp_weight1, p.mlp_bias1)
-        return _Mlp(norm, hidden), slots + F.linear(self._activated(hidden), p.mlp_weight2, p.mlp_bias2)
+        return _Mlp(norm, self._linear(norm.out, p.mlp_weight1, p.mlp_bias1))
 
     def _activated(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.relu(hidden) if self.call.options.activation == "relu" else F.gelu(hidden)
@@ -304,8 +336,8 @@ class _Run:
             self._add(self.folded_grads, "value_bias", (taken.weight[:, None] @ grad_heads).squeeze(1))
         grad_row = grad_heads
         if self.absorbed:
-            grad_row = grad_heads @ self.value
-            self._add(self.folded_grads, "value", grad_heads.transpose(1, 2) @ taken.mean_row)
+            grad_row = self.attend.product(grad_heads, self.value)
+            self._add_product(self.folded_grads, "value", grad_heads.mT, taken.mean_row)
         grad_total = -((grad_row * taken.mean_row).sum(-1) + grad_weight * taken.weight) / taken.total
         grad_num = self._to_batch(grad_row / taken.total[..., None])
         grad_den = self._to_batch(grad_weight / taken.total + grad_total)
@@ -319,8 +351,8 @@ class _Run:
 
         grad_q, grad_c = self._from_batch(grad_token_q), self._from_batch(grad_c)
         if self.absorbed:
-            self._add(self.folded_grads, "key", taken.q.transpose(1, 2) @ grad_q)
-            grad_q = grad_q @ self.key.transpose(1, 2)
+            self._add_product(self.folded_grads, "key", taken.q.mT, grad_q)
+            grad_q = self.attend.product(grad_q, self.key.mT)
         if self.key_bias is not None:
             grad_q = grad_q + grad_c[..., None] * self.key_bias[:, None]
             self._add(self.folded_grads, "key_bias", (grad_c[:, None] @ taken.q).squeeze(1))
@@ -356,15 +388,18 @@ class _Run:
 
     @staticmethod
     def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums[name].add_(value) if name in sums else value
+
+    def _add_product(self, sums: dict[str, torch.Tensor], name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        sums[name] = self.attend.product(a, b, add_to=sums.get(name))
 
     def _linear_backward(
         self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, name: str, bias: str
     ) -> torch.Tensor:
         rows = grad.flatten(0, -2)
-        self._add(self.grads, name, rows.T @ x.flatten(0, -2))
+        self._add_product(self.grads, name, rows.T, x.flatten(0, -2))
         self._add(self.grads, bias, rows.sum(0))
-        return grad @ weight
+        return self.attend.product(rows, weight).unflatten(0, grad.shape[:-1])
 
     def _norm_backward(self, grad: torch.Tensor, norm: _Norm, name: str) -> torch.Tensor:
         weight, bias = getattr(self.params, name + "_weight"), getattr(self.params, name + "_bias")
@@ -386,9 +421,9 @@ class _Run:
         p = self.params
         assert p.gru_weight_ih is not None and p.gru_weight_hh is not None
         reset, keep, candidate, recurrent = gates
-        grad_candidate = grad * (1 - keep) * (1 - candidate * candidate)
-        grad_keep = grad * (slots - candidate) * keep * (1 - keep)
-        grad_reset = grad_candidate * recurrent * reset * (1 - reset)
+        grad_candidate = torch.ops.aten.tanh_backward(grad * (1 - keep), candidate)
+        grad_keep = torch.ops.aten.sigmoid_backward(grad * (slots - candidate), keep)
+        grad_reset = torch.ops.aten.sigmoid_backward(grad_candidate * recurrent, reset)
         from_update = torch.cat([grad_reset, grad_keep, grad_candidate], -1)
         from_slots = torch.cat([grad_reset, grad_keep, grad_candidate * reset], -1)
         grad_update = self._linear_backward(from_update, update, p.gru_weight_ih, "gru_weight_ih", "gru_bias_ih")
@@ -414,7 +449,7 @@ class _Run:
             for name, buffer in (("key", self.grad_keys), ("value", self.grad_values)):
                 assert buffer is not None
                 flat = buffer.transpose(1, 2).flatten(2).flatten(0, 1)
-                self.folded_grads[name] = flat.T @ rows
+                self.folded_grads[name] = self.attend.product(flat.T, rows)
         p = self.params
         for name, short, weight in (("key", "k", p.k_weight), ("value", "v", p.v_weight)):
             grad = self.folded_grads[name].reshape(weight.shape)
@@ -438,12 +473,8 @@ class _Run:
             grad = self.grad_keys.squeeze(1)
         else:
             grad = self._through(self.grad_keys, self.key) + self._through(self.grad_values, self.value)
-        x = self.call.inputs.to(self.dtype)
-        statistics = self.mean[..., None], self.rstd[..., None]
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), x, x.shape[-1:], *statistics, None, None, [True, False, False]
-        )
-        return grad_x
+        return self.attend.norm_backward(grad.contiguous(), self.call.inputs, self.mean, self.rstd)
 
     def _through(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return grad.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+        rows = grad.transpose(1, 2).flatten(2)
+        return self.attend.product(rows.flatten(0, 1), weight.flatten(0, 1)).unflatten(0, rows.shape[:2])
