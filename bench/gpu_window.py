@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_attention
+import gpu_propagation
 import gpu_slots
 import torch
 from gpu_record import BENCH_HEADER, bench_line
@@ -362,6 +363,8 @@ def main(argv: list[str] | None = None) -> int:
         d = data(*WORKLOADS[name], device)
         steps = groups(d, backends, compiled=True)
         steps += gpu_attention.groups(WORKLOADS[name][0], device, backends, compiled=True)
+        if name in gpu_propagation.WORKLOADS:
+            steps += gpu_propagation.groups(gpu_propagation.WORKLOADS[name], device, backends, compiled=True)
         run_groups(name, steps)
         if name == names[0]:
             found["host_reads"] = {b: host_reads(b, d) for b in with_ops(backends, WINDOW_OPS)}

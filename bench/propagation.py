@@ -55,7 +55,8 @@ def eager(f: Frame, w: Workload, extra: int = 0) -> tuple[torch.Tensor, torch.Te
     """Labels, and the best affinities of every query: all affinities, the mask added, top-k, softmax."""
     tokens = len(f.query)
     affinity = (f.query @ f.context.flatten(0, 1).T).view(tokens, FRAMES, tokens)
-    y, x = torch.arange(w.grid[0]).repeat_interleave(w.grid[1]), torch.arange(w.grid[1]).repeat(w.grid[0])
+    place = torch.arange(tokens, device=f.query.device)
+    y, x = place // w.grid[1], place % w.grid[1]
     distance = ((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2).float().sqrt()
     affinity[:, 1:] += torch.where(distance < w.radius, 0.0, -1e10)[:, None]
     value, index = affinity.view(tokens, -1).topk(w.top_k + extra, dim=1)

@@ -7,6 +7,7 @@
 #include "vidops/attention_head_mean.h"
 #include "vidops/greedy_absorb.h"
 #include "vidops/greedy_absorb_kl.h"
+#include "vidops/label_propagation.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend_cuda.h"
@@ -39,6 +40,10 @@ void bind_cuda(pybind11::module_& m) {
   m.def("attention_head_mean_workspace_cuda", &attention_head_mean_workspace_cuda);
   m.def("greedy_absorb_kl_workspace_cuda", &greedy_absorb_kl_workspace_cuda);
   m.def("greedy_absorb_workspace_cuda", &greedy_absorb_workspace_cuda);
+  m.def("label_propagation_workspace_cuda",
+        [](int64_t frames, int64_t tokens, int64_t width, int64_t k, int64_t element_bytes, int device) {
+          return label_propagation_workspace_cuda({frames, tokens, width, k, element_bytes}, device);
+        });
   m.def("neighbour_mean_workspace_cuda", &neighbour_mean_workspace_cuda);
   m.def("segment_mean_workspace_cuda", &segment_mean_workspace_cuda);
   m.def("slot_attend_workspace_cuda",
@@ -110,6 +115,19 @@ void bind_cuda(pybind11::module_& m) {
           a.workspace = view(workspace), a.tau = tau;
           py::gil_scoped_release release;
           greedy_absorb_kl_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("label_propagation_forward_cuda",
+        [](capsule query, capsule context, capsule labels, capsule out, capsule index, capsule weight,
+           capsule workspace, int64_t width, int64_t limit, double temperature, int64_t unrestricted, int64_t repeats,
+           int device, uintptr_t stream) {
+          LabelPropagationParams a;
+          a.query = view(query), a.context = view(context), a.labels = view(labels);
+          a.out = view(out), a.index = view(index), a.weight = view(weight);
+          a.workspace = view(workspace);
+          a.width = width, a.limit = limit, a.temperature = temperature;
+          a.unrestricted = unrestricted, a.repeats = repeats;
+          py::gil_scoped_release release;
+          label_propagation_forward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
   m.def("neighbour_mean_forward_cuda", [](capsule adjacency, capsule p, capsule mean, capsule workspace, int device,
                                           uintptr_t stream) {

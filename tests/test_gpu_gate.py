@@ -10,11 +10,13 @@ from pathlib import Path
 
 import gpu_attention
 import gpu_check
+import gpu_propagation
 import gpu_record
 import gpu_slots
 import gpu_smoke
 import gpu_timing
 import gpu_window
+import propagation
 import pytest
 import slots
 import torch
@@ -459,6 +461,7 @@ def window_groups():
     found = gpu_window.groups(d, ["cpu"], compiled=False) + gpu_attention.groups(40, CPU, ["cpu"], compiled=False)
     small = (slots.Workload("gated", 2, 33, 24, 5, 16), slots.Workload("residual", 2, 17, 16, 3, 8, False, True))
     found += gpu_slots.groups(CPU, ["cpu"], False, small)
+    found += gpu_propagation.groups(propagation.Workload("", (4, 7), 2.5, 5), CPU, ["cpu"], compiled=False)
     return {group.name: group for group in found}
 
 
@@ -483,6 +486,8 @@ def test_bench_rows(window_groups):
     ("attention fp32", lambda outs: (outs[0], outs[1] * 1.001)),
     ("gated, forward bf16", lambda outs: [outs[0] + 0.1]),
     ("residual, fwd+bwd fp32", lambda outs: [*outs[:-1], outs[-1] * 1.001]),
+    ("propagation fp32", lambda out: out.roll(1, 0)),
+    ("propagation bf16", lambda out: out * 1.001),
     ("attention fwd+bwd bf16", lambda outs: (outs[0] * torch.nan, *outs[1:])),
 ])  # fmt: skip
 def test_wrong_variants_get_no_time(window_groups, name, spoil):

@@ -56,18 +56,23 @@ def cpu_refusal(tensors: Any) -> str | None:
 
 
 def cuda_refusal(tensors: Any) -> str | None:
-    """Shared first checks of every native CUDA implementation."""
-    if C is None:
-        return WHY_NOT
-    if not C.cuda_architectures:
-        return "the extension was built without CUDA (VIDOPS_CUDA=ON, and nvcc)"
-    reason = cuda_device_refusal(tensors)
+    """Shared checks of native CUDA implementations that have no float64."""
+    reason = cuda_refusal_of_any_dtype(tensors)
     if reason is not None:
         return reason
     for t in tensors:
         if t.dtype == torch.float64:
             return "float64 is not implemented in CUDA (triton runs it)"
     return None
+
+
+def cuda_refusal_of_any_dtype(tensors: Any) -> str | None:
+    """Shared first checks of every native CUDA implementation."""
+    if C is None:
+        return WHY_NOT
+    if not C.cuda_architectures:
+        return "the extension was built without CUDA (VIDOPS_CUDA=ON, and nvcc)"
+    return cuda_device_refusal(tensors)
 
 
 def cuda_device_refusal(tensors: Any) -> str | None:

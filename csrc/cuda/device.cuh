@@ -90,10 +90,13 @@ VIDOPS_DEVICE float exp2_flush(float v)
     VIDOPS_BODY(const float r = exp2f(v); return r < 0x1p-126f ? 0.0f : r;,
                 float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
 VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
+VIDOPS_DEVICE double exponential(double v) VIDOPS_BODY(return ::exp(v);, return ::exp(v);)
 VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)
 // a * b + c, rounded once on every machine: the compiler is left no choice.
 VIDOPS_DEVICE float multiply_add(float a, float b, float c)
     VIDOPS_BODY(return __builtin_fmaf(a, b, c);, return __fmaf_rn(a, b, c);)
+VIDOPS_DEVICE double multiply_add(double a, double b, double c)
+    VIDOPS_BODY(return __builtin_fma(a, b, c);, return __fma_rn(a, b, c);)
 // The same value, unknown to the compiler: what depends on it is computed where it is used and not kept in registers.
 VIDOPS_DEVICE int opaque(int v) VIDOPS_BODY(return v;, asm volatile("" : "+r"(v)); return v;)
 VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }

@@ -46,6 +46,9 @@ REGISTER_LIMIT = {
     "greedy_absorb_kl_round": 128,  # two blocks of 256 threads per multiprocessor
     "greedy_absorb_owner": 40,
     "greedy_absorb_walk": 64,
+    "label_propagation_merge_f32": 64,
+    "label_propagation_merge_f64": 64,
+    **{f"label_propagation_scan_{kind}": 128 for kind in ("f32", "f16", "bf16", "f64")},  # two blocks of 256 threads
     "neighbour_mean_compact": 40,
     "neighbour_mean_copy": 40,
     "neighbour_mean_first": 64,

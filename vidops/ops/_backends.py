@@ -20,6 +20,7 @@ def reference_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
 
 cpu_refuses = _native.cpu_refusal
 cuda_refuses = _native.cuda_refusal
+cuda_refuses_in_any_dtype = _native.cuda_refusal_of_any_dtype
 
 
 def triton_refuses(tensors: Sequence[torch.Tensor]) -> str | None:

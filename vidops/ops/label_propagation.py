@@ -96,7 +96,7 @@ def label_propagation(
         repeats: of the first context frame, further copies under the radius: they count as positions of their own,
             right after the one they copy, but are neither stored nor compared again.
         return_matches: also return `Matches`. The copies that `repeats` adds to a position are one match with it.
-        backend: ``"reference"``, ``"cpu"`` or ``"triton"``; default: the first that can run.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` (no float64) or ``"cuda"``; default: the first that can run.
 
     Returns:
         Labels (N, L), dtype of `labels` (float32 for halves); with `return_matches` also the matches. Not
@@ -109,7 +109,7 @@ def label_propagation(
     Affinities that are NaN or -inf are never chosen; a query without any other gets labels NaN, and so does one with
     an affinity of +inf.
 
-    Backends: reference, cpu, triton.
+    Backends: reference, cpu, triton, cuda.
 
     >>> import torch, vidops
     >>> context = torch.eye(4).expand(2, 4, 4)
@@ -318,6 +318,33 @@ def _triton_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
     return _backends.triton_refuses(tensors)
 
 
+def _cuda_forward(
+    query: torch.Tensor,
+    context: torch.Tensor,
+    labels: torch.Tensor,
+    height: int,
+    width: int,
+    radius: float,
+    top_k: int,
+    temperature: float,
+    unrestricted: int,
+    repeats: int,
+) -> tuple[torch.Tensor, ...]:
+    tokens = query.shape[0]
+    out = labels.new_empty(tokens, labels.shape[2])
+    index = labels.new_empty(tokens, top_k, dtype=torch.int64)
+    weight = labels.new_empty(tokens, top_k)
+    device, stream = _native.stream(query)
+    sizes = context.shape[0], tokens, width, top_k, query.element_size()
+    workspace = index.new_empty(_native.C.label_propagation_workspace_cuda(*sizes, device))
+    views = [_native.view(t) for t in (query, context, labels, out, index, weight, workspace)]
+    limit = squared_limit(radius, height, width)
+    _native.C.label_propagation_forward_cuda(
+        *views, width, limit, temperature, unrestricted, repeats, device, stream
+    )
+    return out, index, weight
+
+
 OP = Op(
     "label_propagation",
     schema="(Tensor query, Tensor context, Tensor labels, SymInt height, SymInt width, float radius, SymInt top_k,"
@@ -330,5 +357,6 @@ OP = Op(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
         Impl("triton", _triton_forward, None, _triton_refuses),
+        Impl("cuda", _cuda_forward, None, _backends.cuda_refuses_in_any_dtype),
     ),
 )

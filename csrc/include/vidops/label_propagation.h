@@ -7,7 +7,7 @@
 namespace vidops {
 
 struct LabelPropagationParams {
-  TensorView query, context;  // f32 or f64
+  TensorView query, context;  // f32 or f64, on CUDA also f16 or bf16
   TensorView labels;
   TensorView out, index, weight;
   int64_t width = 1;         // of the grid, whose rows follow each other in N
@@ -15,8 +15,16 @@ struct LabelPropagationParams {
   int64_t unrestricted = 1;  // leading frames without a radius
   int64_t repeats = 0;       // further copies of the first frame, under the radius
   double temperature = 1.0;
+  TensorView workspace;  // CUDA only: i64 scratch of label_propagation_workspace_cuda() words
+};
+
+struct LabelPropagationCudaSizes {
+  int64_t frames, tokens, width, k;
+  int64_t element_bytes;  // of the features
 };
 
 void label_propagation_forward_cpu(const LabelPropagationParams& params, int threads);
+void label_propagation_forward_cuda(const LabelPropagationParams& params, int device, void* stream);
+int64_t label_propagation_workspace_cuda(const LabelPropagationCudaSizes& sizes, int device);
 
 }  // namespace vidops
