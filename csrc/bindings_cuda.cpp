@@ -11,6 +11,7 @@
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend_cuda.h"
+#include "vidops/slot_iterations_cuda.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -27,6 +28,18 @@ SlotAttendCudaInputs slot_attend_inputs(const pybind11::capsule& keys, const pyb
   in.keys = view(keys), in.values = view(values), in.mean = view(mean), in.rstd = view(rstd);
   in.q = view(q), in.c = view(c), in.token_mask = view(token_mask), in.slot_mask = view(slot_mask);
   return in;
+}
+
+// `weights` are those of vidops.SlotParams in its order; any but those of q, k and v may be empty.
+void set_slot_weights(SlotIterationsCudaParams& a, const pybind11::list& weights) {
+  TensorView* const named[] = {
+      &a.norm_input_weight, &a.norm_input_bias, &a.norm_slots_weight, &a.norm_slots_bias, &a.q_weight,
+      &a.q_bias,            &a.k_weight,        &a.k_bias,            &a.v_weight,        &a.v_bias,
+      &a.merge_weight,      &a.merge_bias,      &a.gru_weight_ih,     &a.gru_weight_hh,   &a.gru_bias_ih,
+      &a.gru_bias_hh,       &a.norm_mlp_weight, &a.norm_mlp_bias,     &a.mlp_weight1,     &a.mlp_bias1,
+      &a.mlp_weight2,       &a.mlp_bias2};
+  require(weights.size() == sizeof named / sizeof *named, "slot_iterations: one entry for every weight");
+  for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<pybind11::capsule>());
 }
 
 }  // namespace
@@ -52,6 +65,12 @@ void bind_cuda(pybind11::module_& m) {
           const SlotAttendCudaSizes sizes{batch,       heads,  slots, n,     dk,    dv,
                                           key_heads, value_heads, groups, width, joint, shared};
           return slot_attend_workspace_cuda(sizes, backward, device);
+        });
+  m.def("slot_iterations_workspace_cuda",
+        [](int64_t batch, int64_t n, int64_t din, int64_t slots, int64_t d, int64_t hq, int64_t hv, int64_t du,
+           int64_t hidden, int64_t width, bool gru, int64_t cluster, int device) {
+          const SlotIterationsCudaSizes sizes{batch, n, din, slots, d, hq, hv, du, hidden, width, gru, cluster};
+          return slot_iterations_workspace_cuda(sizes, device);
         });
   m.def("symmetric_kl_adjacency_workspace_cuda", &symmetric_kl_adjacency_workspace_cuda);
   m.def("symmetric_kl_workspace_cuda", &symmetric_kl_workspace_cuda);
@@ -172,6 +191,21 @@ void bind_cuda(pybind11::module_& m) {
           a.grad_q = view(grad_q), a.grad_c = view(grad_c);
           py::gil_scoped_release release;
           slot_attend_backward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("slot_iterations_forward_cuda",
+        [](capsule inputs, capsule slots, py::list weights, capsule token_mask, capsule slot_mask, capsule out,
+           capsule states, capsule dots, capsule attn, capsule workspace, int64_t iters, double scale, double eps,
+           double denominator, double ln_eps, bool gelu, int64_t cluster, int device, uintptr_t stream) {
+          SlotIterationsCudaParams a;
+          a.inputs = view(inputs), a.slots = view(slots);
+          set_slot_weights(a, weights);
+          a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
+          a.out = view(out), a.states = view(states), a.dots = view(dots), a.attn = view(attn);
+          a.workspace = view(workspace);
+          a.iters = iters, a.scale = scale, a.eps = eps, a.denominator = denominator, a.ln_eps = ln_eps;
+          a.gelu = gelu, a.cluster = cluster;
+          py::gil_scoped_release release;
+          slot_iterations_forward_cuda(a, device, reinterpret_cast<void*>(stream));
         });
   m.def("symmetric_kl_forward_cuda",
         [](capsule p, capsule log_p, capsule q, capsule log_q, capsule distance, capsule workspace, bool same,

@@ -61,6 +61,28 @@ template <class T>
 VIDOPS_DEVICE T shuffle_xor(T v, int mask)
     VIDOPS_BODY(return shim::exchange_from(v, lane_id() ^ mask);, return __shfl_xor_sync(0xffffffffu, v, mask);)
 
+// --- clusters: blocks that run together and read one another's shared memory (sm_90); elsewhere a block is one ------
+#if defined(VIDOPS_SHIM) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define VIDOPS_CLUSTER_BODY(host, device, alone) VIDOPS_BODY(host, device)
+#else
+#define VIDOPS_CLUSTER_BODY(host, device, alone) { alone }
+#endif
+
+VIDOPS_DEVICE int cluster_rank()
+    VIDOPS_CLUSTER_BODY(return shim::machine().current->rank;,
+                        u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return (int)r;, return 0;)
+// All threads of the cluster; what they wrote to shared memory before is visible to all after.
+VIDOPS_DEVICE void cluster_sync()
+    VIDOPS_CLUSTER_BODY(shim::cluster_barrier();,
+                        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+                        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");, __syncthreads();)
+// Where block `rank` has what this block has at `own`. A block may leave only after all have read what it holds.
+template <class T>
+VIDOPS_DEVICE const T* cluster_peer(const T* own, int rank)
+    VIDOPS_CLUSTER_BODY(return static_cast<const T*>(shim::cluster_address(own, rank));,
+                        u64 at; asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"((u64)own), "r"(rank));
+                        return reinterpret_cast<const T*>(at);, return own;)
+
 // --- atomics on shared memory (integers only: their results do not depend on the order) ---------------------------
 VIDOPS_DEVICE u32 atomic_add_shared(u32* p, u32 v)
     VIDOPS_BODY(u32 old = *p; *p += v; return old;, return atomicAdd(p, v);)
@@ -89,6 +111,9 @@ VIDOPS_DEVICE float exp2_fast(float v)
 VIDOPS_DEVICE float exp2_flush(float v)
     VIDOPS_BODY(const float r = exp2f(v); return r < 0x1p-126f ? 0.0f : r;,
                 float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r;)
+VIDOPS_DEVICE float exponential(float v) VIDOPS_BODY(return ::expf(v);, return ::expf(v);)
+VIDOPS_DEVICE float hyperbolic_tangent(float v) VIDOPS_BODY(return ::tanhf(v);, return ::tanhf(v);)
+VIDOPS_DEVICE float error_function(float v) VIDOPS_BODY(return ::erff(v);, return ::erff(v);)
 VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
 VIDOPS_DEVICE double exponential(double v) VIDOPS_BODY(return ::exp(v);, return ::exp(v);)
 VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)

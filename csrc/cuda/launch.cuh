@@ -35,6 +35,17 @@ int thread_limit(const char*, Kernel) {
   return 1024;
 }
 
+inline int cluster_limit(const char*) { return 8; }
+
+#define VIDOPS_LAUNCH_CLUSTERS(op, kernel, grid, cluster, threads, shared_bytes, stream, ...)               \
+  do {                                                                                                      \
+    (void)(stream);                                                                                         \
+    const auto vidops_kernel = kernel;                                                                      \
+    ::shim::launch(                                                                                         \
+        grid, ::shim::Index{(unsigned)(threads), 1, 1}, shared_bytes, [&] { vidops_kernel(__VA_ARGS__); }, \
+        op, cluster);                                                                                       \
+  } while (0)
+
 #define VIDOPS_LAUNCH(op, kernel, grid, threads, shared_bytes, stream, ...)                                     \
   do {                                                                                                          \
     (void)(stream);                                                                                             \
@@ -101,6 +112,14 @@ int thread_limit(const char* op, Kernel kernel) {
   return attributes.maxThreadsPerBlock;
 }
 
+// Blocks of a cluster that every device of a kind takes; 1 where there are no clusters.
+inline int cluster_limit(const char* op) {
+  int device = 0, major = 0;
+  check(op, "cudaGetDevice", cudaGetDevice(&device));
+  check(op, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9 ? 8 : 1;
+}
+
 // More than 48 KB of dynamic shared memory must be asked for, per device; the call is a table look-up in the
 // runtime.
 template <class Kernel>
@@ -118,6 +137,27 @@ void allow_shared(const char* op, Kernel kernel, size_t bytes) {
              static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);                                                  \
     ::vidops::cuda::check(op, #kernel, cudaGetLastError());                                                      \
   } while (0)
+
+// The same in clusters of blocks that lie side by side; one of a block is an ordinary launch, on any device.
+template <class Kernel, class... Args>
+void launch_clusters(const char* op, Kernel kernel, Grid grid, int cluster, int threads, size_t shared_bytes,
+                     void* stream, Args... args) {
+  allow_shared(op, kernel, shared_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(op, "cudaLaunchKernelEx", cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+#define VIDOPS_LAUNCH_CLUSTERS(op, kernel, grid, cluster, threads, shared_bytes, stream, ...) \
+  ::vidops::cuda::launch_clusters(op, kernel, grid, cluster, threads, shared_bytes, stream, __VA_ARGS__)
 
 #endif
 

@@ -12,7 +12,7 @@
 //
 // A softmax over more rows than a block takes (joint heads with keys of their own, or many slots) needs the dots of
 // all before any weight: one launch writes them, the next reads them (SlotMode).
-#include "device.cuh"
+#include "split_products.cuh"
 
 namespace vidops::cuda {
 
@@ -95,41 +95,6 @@ struct SlotAttendArgs {
 };
 
 namespace {
-
-struct alignas(16) FloatQuad {
-  float v[4];
-};
-struct alignas(8) WordQuad {
-  u16 v[4];
-};
-
-// --- storage ----------------------------------------------------------------------------------------------------
-struct FloatStorage {
-  using Element = float;
-  using Quad = FloatQuad;
-  static VIDOPS_DEVICE float value(float v) { return v; }
-};
-struct HalfStorage {
-  using Element = u16;
-  using Quad = WordQuad;
-  static VIDOPS_DEVICE float value(u16 v) { return half_to_float(v); }
-};
-struct BfloatStorage {
-  using Element = u16;
-  using Quad = WordQuad;
-  static VIDOPS_DEVICE float value(u16 v) { return bfloat_to_float(v); }
-};
-
-template <class Storage>
-VIDOPS_DEVICE FloatQuad load_quad(const char* row, int quad) {
-  const typename Storage::Quad raw = reinterpret_cast<const typename Storage::Quad*>(row)[quad];
-  FloatQuad r;
-  VIDOPS_UNROLL
-  for (int e = 0; e < 4; ++e) r.v[e] = Storage::value(raw.v[e]);
-  return r;
-}
-
-VIDOPS_DEVICE FloatQuad load_floats(const float* at) { return *reinterpret_cast<const FloatQuad*>(at); }
 
 // --- the work of a block ----------------------------------------------------------------------------------------
 struct SlotPlace {
@@ -497,28 +462,6 @@ VIDOPS_DEVICE void write_sums(const SlotAttendArgs& a, const SlotPlace& place, S
 }
 
 // --- products on tensor cores --------------------------------------------------------------------------------------
-// A float32 is the sum of two numbers of 11 bits and of what three products may neglect. Infinities (and overflow)
-// become NaN, which the caller must look for.
-struct SplitFloats {
-  u32 high[4], low[4];
-
-  VIDOPS_DEVICE void set(int i, float v) {
-    high[i] = (float_bits(v) + 0x1000u) & 0xffffe000u;
-    low[i] = float_bits(v - bits_float(high[i]));
-  }
-};
-
-// c + small += a b. The small terms may have an accumulator of their own: products wait for one another less.
-VIDOPS_DEVICE void multiply_split(float (&c)[4], float (&small)[4], const SplitFloats& a, float b0, float b1) {
-  SplitFloats b;
-  b.set(0, b0);
-  b.set(1, b1);
-  const u32 high[2] = {b.high[0], b.high[1]}, low[2] = {b.low[0], b.low[1]};
-  mma_tf32(c, a.high, high);
-  mma_tf32(small, a.low, high);
-  mma_tf32(small, a.high, low);
-}
-
 // As multiply_tokens. Which channel is which of the product's is free as long as both operands agree, so lanes read
 // four at a time; rows and tokens are permuted so that these reads meet no bank conflict. False if a result is not
 // finite.

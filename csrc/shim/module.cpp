@@ -35,6 +35,13 @@ void rotate(const capsule& out, int rounds) {
                [&] { vidops::cuda::selfcheck_rotate(target.as<int>(), rounds); }, "selfcheck_rotate");
 }
 
+// out (clusters x blocks x 64).
+void cluster(const capsule& out, int blocks, int rounds) {
+  const auto target = view(out);
+  shim::launch({static_cast<unsigned>(target.numel() / 64), 1, 1}, {64, 1, 1}, 64 * sizeof(int),
+               [&] { vidops::cuda::selfcheck_cluster(target.as<int>(), blocks, rounds); }, "selfcheck_cluster", blocks);
+}
+
 void divergent(const capsule& out) {
   const auto target = view(out);
   shim::launch({1, 1, 1}, {64, 1, 1}, 0, [&] { vidops::cuda::selfcheck_divergent(target.as<int>()); },
@@ -52,6 +59,7 @@ PYBIND11_MODULE(VIDOPS_SHIM_MODULE, m) {
   m.def("selfcheck", &selfcheck);
   m.def("groups", &groups);
   m.def("rotate", &rotate);
+  m.def("cluster", &cluster);
   m.def("divergent", &divergent);
 #ifndef VIDOPS_SHIM_SELFCHECK_ONLY
   vidops::bindings::bind_cuda(m);

@@ -99,6 +99,31 @@ VIDOPS_KERNEL(128) selfcheck_rotate(int* out, int rounds) {
   out[me] = value;
 }
 
+// Every block passes a value to the next of its cluster, round after round, through its shared memory.
+VIDOPS_KERNEL(64) selfcheck_cluster(int* out, int blocks, int rounds) {
+  VIDOPS_SHARED(memory);
+  int* slot = reinterpret_cast<int*>(memory);
+  const int me = thread_x(), rank = cluster_rank();
+#ifdef VIDOPS_FAULT_NO_SUCH_BLOCK
+  const int next = rank + 1;
+#else
+  const int next = (rank + 1) % blocks;
+#endif
+  int value = rank * 64 + me;
+  for (int round = 0; round < rounds; ++round) {
+    slot[me] = value;
+    cluster_sync();
+    value = *cluster_peer(slot + (me + 33) % 64, next) + 1;
+#ifndef VIDOPS_FAULT_MISSING_CLUSTER_BARRIER
+    if (round + 1 < rounds) cluster_sync();
+#endif
+  }
+#ifndef VIDOPS_FAULT_EARLY_EXIT
+  cluster_sync();
+#endif
+  out[block_x() * 64 + me] = value;
+}
+
 // Half of the block skips a barrier.
 VIDOPS_KERNEL(64) selfcheck_divergent(int* out) {
   if (thread_x() < 32) block_sync();

@@ -44,6 +44,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxCluster = 8;  // that every device with clusters takes
 constexpr size_t kSharedAlign = 1024;
 constexpr int kGroupDepth = 16, kGroupRowBytes = 128;
 
@@ -88,23 +89,33 @@ void prepare(Fiber& fiber) {
   fiber.products.clear();
 }
 
+Index place(const Machine& m, unsigned id) {
+  return {id % m.grid.x, id / m.grid.x % m.grid.y, id / m.grid.x / m.grid.y};
+}
+
+int poison(const Machine& m) { return m.seed % 2 ? 0xcb : 0xff; }
+
+// Runs one block, or the blocks of one cluster.
 class Scheduler {
  public:
-  Scheduler(Machine& m, unsigned block_id, const char* kernel)
-      : m_(m), rng_(m.seed * 7919u + block_id), kernel_(kernel), block_id_(block_id) {
-    warps_.resize((m.threads + kWarp - 1) / kWarp);
+  Scheduler(Machine& m, unsigned first_block, const char* kernel)
+      : m_(m), rng_(m.seed * 7919u + first_block), kernel_(kernel), first_block_(first_block),
+        total_(m.threads * m.cluster), done_(static_cast<size_t>(m.cluster)) {
+    warps_.resize(total_ / kWarp);
     std::iota(warps_.begin(), warps_.end(), 0);
   }
 
   void run() {
-    while (done_ < m_.threads) {
+    while (std::accumulate(done_.begin(), done_.end(), 0) < total_) {
       bool progress = false;
       if (m_.seed) std::shuffle(warps_.begin(), warps_.end(), rng_);
       for (int warp : warps_) progress |= run_warp(warp);
-      progress |= release_block();
+      for (int rank = 0; rank < m_.cluster; ++rank)
+        progress |= release(Wait::block, rank * m_.threads, m_.threads, "a block barrier");
+      progress |= release(Wait::cluster, 0, total_, "a cluster barrier");
       if (!progress) throw Fault(describe("deadlock"));
     }
-    for (int i = 0; i < m_.threads; ++i) {
+    for (int i = 0; i < total_; ++i) {
       const Fiber& f = m_.fibers[i];
       if (!f.open.empty()) throw Fault(describe("asynchronous copies were never committed"));
       if (!f.open_products.empty() || !f.products.empty())
@@ -114,7 +125,7 @@ class Scheduler {
 
  private:
   bool run_warp(int warp) {
-    const int first = warp * kWarp, last = std::min(m_.threads, first + kWarp);
+    const int first = warp * kWarp, last = first + kWarp;
     int budget = m_.seed >= 100 ? 1 + static_cast<int>(rng_() % 400) : 1;
     bool progress = false;
     for (bool again = true; again && budget > 0; --budget) {
@@ -131,8 +142,11 @@ class Scheduler {
 
   void step(Fiber& fiber) {
     m_.current = &fiber;
+    m_.shared = m_.cluster_shared[fiber.rank];
+    m_.block = place(m_, first_block_ + fiber.rank);
     vidops_shim_switch(&m_.scheduler_stack, fiber.stack_pointer);
-    if (fiber.wait == Wait::done) ++done_;
+    if (fiber.wait == Wait::done && ++done_[fiber.rank] == m_.threads && m_.cluster > 1)
+      std::memset(m_.shared, poison(m_), m_.shared_bytes);  // whoever still reads there comes too late
     if (fiber.wait == Wait::faulted) throw Fault(describe(m_.fault));
   }
 
@@ -156,30 +170,37 @@ class Scheduler {
     return true;
   }
 
-  bool release_block() {
-    int waiting = 0;
-    for (int i = 0; i < m_.threads; ++i) waiting += m_.fibers[i].wait == Wait::block;
-    if (waiting && waiting + done_ == m_.threads && done_)
-      throw Fault(describe("a block barrier after some threads have left"));
-    if (waiting != m_.threads) return false;
-    for (int i = 0; i < m_.threads; ++i) m_.fibers[i].wait = Wait::ready;
+  // Opens a barrier when all of its threads have come.
+  bool release(Wait barrier, int first, int count, const char* what) {
+    int waiting = 0, finished = 0;
+    for (int i = first; i < first + count; ++i) {
+      waiting += m_.fibers[i].wait == barrier;
+      finished += m_.fibers[i].wait == Wait::done;
+    }
+    if (waiting && finished && waiting + finished == count)
+      throw Fault(describe(std::string(what) + " after some threads have left"));
+    if (waiting != count) return false;
+    for (int i = first; i < first + count; ++i) m_.fibers[i].wait = Wait::ready;
     return true;
   }
 
   std::string describe(const std::string& what) const {
-    int count[5] = {};
-    for (int i = 0; i < m_.threads; ++i) ++count[static_cast<int>(m_.fibers[i].wait)];
-    return std::string(kernel_) + ", block " + std::to_string(block_id_) + ": " + what + " (ready " +
-           std::to_string(count[0]) + ", at block barrier " + std::to_string(count[1]) + ", at warp operation " +
-           std::to_string(count[2]) + ", done " + std::to_string(count[3]) + ")";
+    const auto count = [&](Wait wait) {
+      const auto end = m_.fibers.begin() + total_;
+      return std::to_string(std::count_if(m_.fibers.begin(), end, [&](const Fiber& f) { return f.wait == wait; }));
+    };
+    return std::string(kernel_) + ", block " + std::to_string(first_block_) + ": " + what + " (ready " +
+           count(Wait::ready) + ", at block barrier " + count(Wait::block) + ", at cluster barrier " +
+           count(Wait::cluster) + ", at warp operation " + count(Wait::warp) + ", done " + count(Wait::done) + ")";
   }
 
   Machine& m_;
   std::mt19937 rng_;
   const char* kernel_;
-  unsigned block_id_;
+  unsigned first_block_;
+  int total_;              // threads of the cluster
+  std::vector<int> done_;  // threads that have left, by block
   std::vector<int> warps_;
-  int done_ = 0;
 };
 
 }  // namespace
@@ -189,7 +210,8 @@ Machine& machine() {
   return instance;
 }
 
-void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel, const char* name) {
+void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel, const char* name,
+            int cluster) {
   Machine& m = machine();
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -197,37 +219,47 @@ void launch(Index grid, Index block, size_t shared_bytes, const std::function<vo
     throw Fault(std::string(name) + ": launch shape not allowed");
   if (grid.x > 0x7fffffffu || grid.y > 65535u || grid.z > 65535u)
     throw Fault(std::string(name) + ": grid too large");
+  if (cluster < 1 || cluster > kMaxCluster || grid.x % static_cast<unsigned>(cluster))
+    throw Fault(std::string(name) + ": clusters of this size do not divide the grid");
   if (shared_bytes > machine().shared_limit) throw Fault(std::string(name) + ": too much shared memory");
 
   m.grid = grid;
   m.block_size = block;
   m.threads = static_cast<int>(threads);
+  m.cluster = cluster;
+  m.shared_bytes = shared_bytes;
   m.body = &kernel;
-  if (m.fibers.size() < threads) m.fibers.resize(threads);
-  m.exchange.resize((threads + kWarp - 1) / kWarp);
+  const size_t together = threads * static_cast<size_t>(cluster);
+  if (m.fibers.size() < together) m.fibers.resize(together);
+  m.exchange.resize(together / kWarp);
 
-  std::vector<uint32_t> order(blocks);
+  std::vector<uint32_t> order(blocks / static_cast<unsigned>(cluster));
   std::iota(order.begin(), order.end(), 0u);
   if (m.seed) {
     std::mt19937 rng(m.seed);
     std::shuffle(order.begin(), order.end(), rng);
   }
-  const int poison = m.seed % 2 ? 0xcb : 0xff;
   for (uint32_t id : order) {
-    m.block = {id % grid.x, id / grid.x % grid.y, id / grid.x / grid.y};
+    const uint32_t first = id * static_cast<unsigned>(cluster);
     // Exactly the bytes asked for, from the heap: the address sanitizer sees an overrun of shared memory too.
-    void* memory = nullptr;
-    if (shared_bytes && posix_memalign(&memory, kSharedAlign, shared_bytes) != 0) throw Fault("no shared memory");
-    std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(memory), std::free);
-    if (shared_bytes) std::memset(shared.get(), poison, shared_bytes);
-    m.shared = shared.get();
-    for (unsigned i = 0; i < threads; ++i) {
+    std::vector<std::unique_ptr<char, void (*)(void*)>> shared;
+    m.cluster_shared.clear();
+    for (int rank = 0; rank < cluster; ++rank) {
+      void* memory = nullptr;
+      if (shared_bytes && posix_memalign(&memory, kSharedAlign, shared_bytes) != 0) throw Fault("no shared memory");
+      shared.emplace_back(static_cast<char*>(memory), std::free);
+      if (shared_bytes) std::memset(memory, poison(m), shared_bytes);
+      m.cluster_shared.push_back(shared.back().get());
+    }
+    for (size_t i = 0; i < together; ++i) {
       Fiber& f = m.fibers[i];
+      const auto within = static_cast<unsigned>(i % threads);
       f.linear = static_cast<int>(i);
-      f.thread = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+      f.rank = static_cast<int>(i / threads);
+      f.thread = {within % block.x, within / block.x % block.y, within / block.x / block.y};
       prepare(f);
     }
-    Scheduler(m, id, name).run();
+    Scheduler(m, first, name).run();
   }
 }
 
@@ -235,6 +267,20 @@ void block_barrier() {
   Fiber& f = *machine().current;
   f.wait = Wait::block;
   to_scheduler(f);
+}
+
+void cluster_barrier() {
+  Fiber& f = *machine().current;
+  f.wait = Wait::cluster;
+  to_scheduler(f);
+}
+
+void* cluster_address(const void* own, int rank) {
+  Machine& m = machine();
+  const auto* at = static_cast<const char*>(own);
+  if (rank < 0 || rank >= m.cluster) fail("no block of this rank in the cluster");
+  if (at < m.shared || at >= m.shared + m.shared_bytes) fail("not an address of the block's shared memory");
+  return m.cluster_shared[rank] + (at - m.shared);
 }
 
 void warp_barrier(WarpOp op) {

@@ -6,7 +6,8 @@
 //   seeds >= 100  shuffled and skewed: a warp may run far ahead of its block
 // Odd seeds complete asynchronous copies and the products of a warpgroup at once, even seeds as late as their waits
 // allow. Shared memory starts poisoned. A deadlock, a barrier that not all threads reach, or lanes of a warp in different warp operations
-// end the launch with shim::Fault instead of hanging.
+// end the launch with shim::Fault instead of hanging. The blocks of a cluster run together, their warps in one order;
+// one that has left leaves poison behind.
 #pragma once
 
 #if !defined(__x86_64__) || !defined(__linux__)
@@ -34,7 +35,7 @@ struct Index {
 };
 
 // What a fiber waits for. A warp operation carries its kind, so that lanes in different ones are told apart.
-enum class Wait : int { ready, block, warp, done, faulted };
+enum class Wait : int { ready, block, warp, cluster, done, faulted };
 enum class WarpOp : int { none, sync, shuffle, ballot, ldmatrix, mma, group };
 
 struct Copy {
@@ -58,7 +59,8 @@ struct Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   Index thread{0, 0, 0};
-  int linear = 0;
+  int linear = 0;  // in the cluster
+  int rank = 0;    // of its block in the cluster
   Wait wait = Wait::ready;
   WarpOp op = WarpOp::none;
   unsigned phase = 0;  // parity of the exchange slot that the next warp operation uses
@@ -86,11 +88,14 @@ struct Machine {
   size_t shared_limit = 227 * 1024;  // of a block, as on Hopper
   Fiber* current = nullptr;
   void* scheduler_stack = nullptr;
-  Index block{0, 0, 0}, block_size, grid;
-  int threads = 0;
+  Index block{0, 0, 0}, block_size, grid;  // `block` and `shared` are those of the current fiber
+  int threads = 0;                         // of a block
+  int cluster = 1;                         // blocks, side by side on axis x
   std::vector<Fiber> fibers;
   std::vector<Exchange> exchange;
   char* shared = nullptr;
+  std::vector<char*> cluster_shared;  // by rank
+  size_t shared_bytes = 0;            // of a block
   std::string fault;
   const std::function<void()>* body = nullptr;
 };
@@ -98,10 +103,14 @@ struct Machine {
 Machine& machine();
 
 // Runs kernel() once per thread of every block. Throws Fault.
-void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel, const char* name);
+void launch(Index grid, Index block, size_t shared_bytes, const std::function<void()>& kernel, const char* name,
+            int cluster = 1);
 
 // The operations below are called from kernels.
 void block_barrier();
+void cluster_barrier();
+// The place in the shared memory of block `rank` that corresponds to `own`.
+void* cluster_address(const void* own, int rank);
 void warp_barrier(WarpOp op);
 [[noreturn]] void fail(const std::string& what);
 void copy_async(void* to, const void* from, int bytes);

@@ -60,6 +60,10 @@ REGISTER_LIMIT = {
     "segment_mean_rows": 40,
     **{f"slot_attend_{name}_{kind}": 168 for name in ("forward", "backward") for kind in ("f32", "f16", "bf16")},
     "slot_attend_sum": 40,
+    **{f"slot_iterations_8_{kind}": 168 for kind in ("f32", "f16", "bf16")},  # 384 threads
+    **{f"slot_iterations_16_{kind}": 168 for kind in ("f16", "bf16")},
+    "slot_iterations_16_f32": 255,  # 256 threads
+    **{f"slot_iterations_32_{kind}": 255 for kind in ("f32", "f16", "bf16")},
     "symmetric_kl_adjacency_centre": 40,
     "symmetric_kl_adjacency_columns": 40,
     "symmetric_kl_adjacency_filter": 255,

@@ -101,6 +101,42 @@ def test_missing_barrier_is_caught() -> None:
     assert set(caught) & set(cuda_shim.SKEWED)
 
 
+def passed_on(module: ModuleType, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two clusters of `blocks` have handed around, and what that should be."""
+    out, rounds = torch.zeros(2, blocks, 64, dtype=torch.int32), 4
+    module.cluster(to_dlpack(out), blocks, rounds)
+    rank, me = torch.arange(blocks)[:, None], torch.arange(64)
+    expected = (rank + rounds) % blocks * 64 + (me + 33 * rounds) % 64 + rounds
+    return out, expected.int().expand_as(out)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_clusters(seeded: ModuleType, blocks: int) -> None:
+    assert torch.equal(*passed_on(seeded, blocks))
+
+
+def test_cluster_has_to_divide_the_grid(shim: ModuleType) -> None:
+    with pytest.raises(shim.Fault, match="do not divide the grid"):
+        shim.cluster(to_dlpack(torch.zeros(3, 64, dtype=torch.int32)), 2, 1)
+
+
+@pytest.mark.parametrize("fault", ["MISSING_CLUSTER_BARRIER", "EARLY_EXIT"])
+def test_fault_in_a_cluster_is_caught(fault: str) -> None:
+    """Memory of another block written again too early, or read after that block has left."""
+    broken = load(build(f"-DVIDOPS_FAULT_{fault}", kernels=False))
+    caught = []
+    for seed in SEEDS:
+        broken.set_seed(seed)
+        caught += [seed] * (not torch.equal(*passed_on(broken, 4)))
+    assert set(caught) & set(cuda_shim.SKEWED)
+
+
+def test_block_outside_the_cluster_is_reported() -> None:
+    broken = load(build("-DVIDOPS_FAULT_NO_SUCH_BLOCK", kernels=False))
+    with pytest.raises(broken.Fault, match="no block of this rank"):
+        passed_on(broken, 4)
+
+
 def test_missing_copy_wait_is_caught() -> None:
     broken = load(build("-DVIDOPS_FAULT_MISSING_WAIT", kernels=False))
     a, b, expected = operands()

@@ -12,6 +12,7 @@ import torch
 
 from vidops import _native
 from vidops.ops import _backends, _slot_iterations
+from vidops.ops._slot_params import SlotCall, flat, widened
 from vidops.reference.slot_attend import attend_backward, attend_forward
 
 REFERENCE = _slot_iterations.Attend(attend_forward, attend_backward)
@@ -159,8 +160,53 @@ def _cuda_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tu
 _CUDA = _slot_iterations.Attend(_cuda_attend_forward, _cuda_attend_backward, _cuda_statistics)
 
 
+def _one_launch_workspace(call: SlotCall) -> torch.Tensor | None:
+    """Scratch of the kernel that runs all iterations of a forward, None for a call that it does not take.
+
+    It takes one head and one group, in the absorbed form, of rows and slots of at most 128 channels and at most 32
+    slots, where what it holds per slot fits the shared memory of the device's blocks, and an item's tokens the blocks
+    that may share it.
+    """
+    p, options = call.params, call.options
+    (batch, tokens, channels), (_, slots, width) = call.inputs.shape, call.slots.shape
+    widths = len(p.q_weight), len(p.v_weight)
+    if options.heads > 1 or options.groups > 1:
+        return None
+    if not _slot_iterations.absorbs(tokens, channels, slots, options.iters, 1, *widths):
+        return None
+    updates, hidden = (0 if w is None else len(w) for w in (p.merge_weight, p.mlp_weight1))
+    sizes = batch, tokens, channels, slots, width, *widths, updates, hidden, call.inputs.element_size()
+    device, _ = _native.stream(call.inputs)
+    words = _native.C.slot_iterations_workspace_cuda(*sizes, p.gru_weight_ih is not None, 0, device)
+    return None if words < 0 else call.inputs.new_empty(words, dtype=torch.int64)
+
+
+def _cuda_iterations(call: SlotCall, workspace: torch.Tensor, cluster: int = 0) -> tuple[torch.Tensor, ...]:
+    options = call.options
+    weights = widened(call.params, torch.float32)
+    rows = [None if w is None else (w.T if w is weights.k_weight else w).contiguous() for w in flat(weights)]
+    slots = call.slots.float().contiguous()
+    token_mask = None if call.token_mask is None else call.token_mask[:, 0].float().contiguous()
+    kept = options.iters if options.grad_mode == "full" else 1
+    map_shape = (*slots.shape[:2], call.inputs.shape[1])
+    dots, attn = (slots.new_empty(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
+    results = torch.empty_like(slots), slots.new_empty(kept, *slots.shape), dots, attn
+    _native.C.slot_iterations_forward_cuda(
+        *_native_views(call.inputs, slots), _native_views(slots, *rows)[1:],
+        *_native_views(slots, token_mask, _open_slots(call.slot_mask))[1:], *_native_views(*results, workspace),
+        options.iters, options.scale, options.eps_add, options.denominator, options.ln_eps,
+        options.activation == "gelu", cluster, *_native.stream(slots),
+    )  # fmt: skip
+    out, states, dots, attn = results
+    return out.to(call.slots.dtype), dots, attn, states
+
+
 def cuda_forward(*args: Any) -> tuple[torch.Tensor, ...]:
-    return _slot_iterations.forward(_CUDA, *args)
+    call = SlotCall.of(*args)
+    workspace = _one_launch_workspace(call)
+    if workspace is None:
+        return _slot_iterations.forward(_CUDA, *args)
+    return _cuda_iterations(call, workspace)
 
 
 def cuda_backward(*args: Any) -> list[torch.Tensor]:
