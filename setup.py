@@ -65,6 +65,7 @@ setup(
         "vidops.ops",
         "vidops.reference",
         "vidops.segment",
+        "vidops.train_slots",
         "vidops.validation",
         "vidops.kernels",
         "vidops.models",

@@ -1,4 +1,4 @@
-"""``vidops`` and ``python -m vidops``: the report, and the commands segment and validate."""
+"""``vidops`` and ``python -m vidops``: the report, and the commands segment, train-slots and validate."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ def main(argv: list[str] | None = None) -> int:
         from vidops.validation import main as validate
 
         return validate(argv[1:])
-    if argv and argv[0] == "segment":
+    if argv and argv[0] in ("segment", "train-slots"):
         try:
-            from vidops.segment import main as segment
+            if argv[0] == "segment":
+                from vidops.segment import main as run
+            else:
+                from vidops.train_slots import main as run
         except ModuleNotFoundError as error:
-            print(f"vidops segment: needs {error.name} (pip install 'vidops[demo]')", file=sys.stderr)
+            print(f"vidops {argv[0]}: needs {error.name} (pip install 'vidops[demo]')", file=sys.stderr)
             return 2
-        return segment(argv[1:])
+        return run(argv[1:])
     if argv:
-        known = "segment, validate, or nothing for the report"
+        known = "segment, train-slots, validate, or nothing for the report"
         print(f"vidops: unknown command {argv[0]!r}; expected {known}", file=sys.stderr)
         return 2
     from vidops._report import report

@@ -9,13 +9,14 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 
 import vidops
 from vidops import assets, features
+from vidops._options import Parser, UsageError, device_of, whole
 from vidops.evaluation import MissingDependencyError
 from vidops.segment import descriptors, pictures, scoring
 from vidops.segment.output import OutputError, OutputFolder
@@ -29,28 +30,6 @@ FILES = ["overlay.mp4", "contact.png", "labels.npz", "report.json"]
 TOKENS = 1620
 MAX_SIDE = 2048
 CHECKPOINT_SIZE = (192, 384)
-
-
-class UsageError(ValueError):
-    """Options that make no sense, alone or together; the text is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _whole(low: int, high: int):
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
-        return value
-
-    return read
 
 
 def _number(text: str) -> float:
@@ -79,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", nargs="?", metavar="VIDEO", help="any video FFmpeg reads")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for " + ", ".join(FILES))
     parser.add_argument("--demo", action="store_true", help="fetch the two-people clip, segment it and score it")
-    parser.add_argument("--frames", type=_whole(1, 4096), default=24, help="frames sampled evenly (default 24)")
+    parser.add_argument("--frames", type=whole(1, 4096), default=24, help="frames sampled evenly (default 24)")
     parser.add_argument("--start", type=_number, default=0.0, metavar="S", help="seconds (default 0)")
     parser.add_argument("--end", type=_number, metavar="S", help="seconds (default: to the end)")
     parser.add_argument("--size", type=_size, metavar="HxW", help="size the network sees (default: by aspect ratio)")
     parser.add_argument("--tau", type=_number, default=1.0, help="threshold of the clustering in nats (default 1)")
-    parser.add_argument("--window", type=_whole(1, 4096), default=3, help="frames clustered together (default 3)")
-    parser.add_argument("--ratio", type=_whole(1, 4096), help="every ratio-th frame is a key frame (default 8, 10 "
+    parser.add_argument("--window", type=whole(1, 4096), default=3, help="frames clustered together (default 3)")
+    parser.add_argument("--ratio", type=whole(1, 4096), help="every ratio-th frame is a key frame (default 8, 10 "
                         "with --checkpoint)")
     parser.add_argument("--motion", choices=("auto", "on", "off"), default="auto",
                         help="change against the clip's median, for static cameras (default auto)")
@@ -119,17 +98,6 @@ def default_size(height: int, width: int) -> tuple[int, int]:
     bounded = (min(max(round(side * factor / step), 2), MAX_SIDE // step // 2) for side in (height, width))
     rows, columns = (side * step for side in bounded)
     return rows, columns
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _imagenet_tokens(args: argparse.Namespace, video: Video, device: torch.device, stages: Stages) -> _Tokens:
@@ -204,7 +172,7 @@ def _sources(args: argparse.Namespace) -> tuple[str, str | None]:
 
 def _segment(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
     path, mask_path = _sources(args)
-    device = _device(args.device)
+    device = device_of(args.device)
     with OutputFolder(args.output) as out:
         masks = None if mask_path is None else scoring.read_masks(mask_path)
         with stages.stage("decode") as advance:
@@ -351,7 +319,7 @@ def _failed(message: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """``vidops segment ARGV``."""
-    parser = _Parser(prog="vidops segment", description="Segment the objects of a video over space and time.")
+    parser = Parser(prog="vidops segment", description="Segment the objects of a video over space and time.")
     add_arguments(parser)
     try:
         args = parser.parse_args(argv)

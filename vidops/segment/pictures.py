@@ -55,7 +55,8 @@ def overlays(frames: Frames, labels: Labels) -> Frames:
     return out
 
 
-def _image_module():
+def image_module():
+    """Pillow's Image and ImageDraw."""
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
@@ -77,7 +78,7 @@ def write_contact_sheet(
 
     Reduced to 256 colours, which keeps a sheet of photographs at a fifth of the size.
     """
-    Image, ImageDraw = _image_module()
+    Image, ImageDraw = image_module()
     count = min(cells, len(frames))
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     columns = min(columns, count)
