@@ -371,7 +371,7 @@ def test_slots(backend, call):
         )
         found = torch.autograd.grad(out.square().sum() + attn.sum(), leaves, allow_unused=True)
         grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
-        return out.detach(), attn.detach(), grads
+        return out.detach().cpu(), attn.detach().cpu(), [g.cpu() for g in grads]
 
     out, attn, grads = run(backend, torch.float32)
     exact_out, exact_attn, exact_grads = run("reference", torch.float64)
@@ -379,10 +379,10 @@ def test_slots(backend, call):
     assert torch.allclose(total, torch.full_like(total, options["groups"]), rtol=1e-5) and (attn >= 0).all()
     # A dot is as wrong as its digits allow, and each iteration multiplies the error.
     slack = 4e-6 * (1 + options["scale"]) * 5 ** (options["iters"] - 1)
-    assert (out.cpu() - exact_out).abs().max() <= slack * exact_out.abs().max().clamp_min(1.0)
-    assert (attn.cpu() - exact_attn).abs().max() <= slack
+    assert (out - exact_out).abs().max() <= slack * exact_out.abs().max().clamp_min(1.0)
+    assert (attn - exact_attn).abs().max() <= slack
     for a, b in zip(grads, exact_grads, strict=True):
-        assert a.isfinite().all() and (a.cpu() - b).abs().max() <= 20 * slack * b.abs().max().clamp_min(1.0)
+        assert a.isfinite().all() and (a - b).abs().max() <= 20 * slack * b.abs().max().clamp_min(1.0)
 
 
 CLUSTER_OPS = (

@@ -271,6 +271,10 @@ def _fake(
     repeats: Any,
     backend: str,
 ) -> Any:
+    return _new_results(query, labels, top_k)
+
+
+def _new_results(query: Any, labels: Any, top_k: Any) -> tuple[Any, Any, Any]:
     tokens = query.shape[0]
     return (
         labels.new_empty(tokens, labels.shape[2]),
@@ -292,10 +296,7 @@ def _cpu_forward(
     repeats: int,
 ) -> tuple[torch.Tensor, ...]:
     query, context = _backends.upcast(query, context)
-    tokens = query.shape[0]
-    out = labels.new_empty(tokens, labels.shape[2])
-    index = labels.new_empty(tokens, top_k, dtype=torch.int64)
-    weight = labels.new_empty(tokens, top_k)
+    out, index, weight = _new_results(query, labels, top_k)
     views = [_native.view(t) for t in (query, context, labels, out, index, weight)]
     limit = squared_limit(radius, height, width)
     _native.C.label_propagation_forward_cpu(
@@ -330,12 +331,9 @@ def _cuda_forward(
     unrestricted: int,
     repeats: int,
 ) -> tuple[torch.Tensor, ...]:
-    tokens = query.shape[0]
-    out = labels.new_empty(tokens, labels.shape[2])
-    index = labels.new_empty(tokens, top_k, dtype=torch.int64)
-    weight = labels.new_empty(tokens, top_k)
+    out, index, weight = _new_results(query, labels, top_k)
     device, stream = _native.stream(query)
-    sizes = context.shape[0], tokens, width, top_k, query.element_size()
+    sizes = context.shape[0], query.shape[0], width, top_k, query.element_size()
     workspace = index.new_empty(_native.C.label_propagation_workspace_cuda(*sizes, device))
     views = [_native.view(t) for t in (query, context, labels, out, index, weight, workspace)]
     limit = squared_limit(radius, height, width)

@@ -21,8 +21,18 @@ from vidops.validation.case import Case, Check, GoldenError
 class Kind:
     """How files of one kind are checked, and the ops a backend must have for it."""
 
-    run: Callable[[Case, str], list[Check]]
+    check: Callable[[Case, str], list[Check]]
     ops: tuple[str, ...]
+
+    def run(self, case: Case, backend: str) -> list[Check]:
+        """All comparisons of a case, PyTorch's own float32 convolutions in full precision."""
+        # On a card cuDNN's are in TF32 by default, whose error is hundreds of times what the files allow.
+        saved = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            return self.check(case, backend)
+        finally:
+            torch.backends.cudnn.allow_tf32 = saved
 
 
 # Ops of the ssl_uvos model: its attention, and the clustering of its maps.

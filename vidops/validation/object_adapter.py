@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -13,72 +12,23 @@ from vidops.models.object_adapter import LossSettings, ObjectAdapter, ObjectAdap
 from vidops.models.object_adapter_heads import Adapter3d, ObjectStateChange, SpaceTimeAttention, frame_pairs
 from vidops.models.object_adapter_losses import distillation_loss, mask_diversity_loss, state_change_loss
 from vidops.models.vit import DinoEncoder
-from vidops.validation.case import (
-    STORED_FLOAT32,
-    Case,
-    Check,
-    device_of,
-    dtypes,
-    gradient_checks,
-    mismatches,
-    nonempty,
-    relative_error,
-    state_of,
-    tag_of,
-)
+from vidops.validation.case import Case, Check, state_of
+from vidops.validation.outcomes import Outcome, Run, Tensors, checked, given, leaf, loaded
 
 # Those of float32 are the README's.
 VALUES = {torch.float32: 2e-6, torch.float64: 1e-9}
 GRADIENTS = {torch.float32: 1e-5, torch.float64: 1e-9}
 
-Tensors = dict[str, torch.Tensor]
-# Results by the name after "out.", leaves by the name after "grad.", and the differentiated scalar.
-Outcome = tuple[Tensors, Tensors, torch.Tensor | None]
-
-
 def _value_limit(case: Case, name: str, dtype: torch.dtype) -> float:
-    limit = VALUES[dtype]
-    if case.arrays[f"out.{name}"].dtype == np.float32:
-        limit = max(limit, STORED_FLOAT32)
     if name == "mask" and "out.logits" in case.arrays and dtype == torch.float32:
         # A softmax moves by up to half of what its logits do, absolutely: those of the saturated case reach 394, and
         # their own allowed error is all that a float32 mask can be held to (plain PyTorch: 2.1e-5).
-        limit *= max(1.0, float(np.abs(case.arrays["out.logits"]).max()) / 2)
-    return limit
+        return VALUES[dtype] * max(1.0, float(np.abs(case.arrays["out.logits"]).max()) / 2)
+    return VALUES[dtype]
 
 
-def _checked(case: Case, backend: str, run: Callable[[Case, str, torch.dtype], Outcome]) -> list[Check]:
-    checks: list[Check] = []
-    for dtype in dtypes(backend):
-        tag = tag_of(dtype)
-        results, leaves, scalar = run(case, backend, dtype)
-        for name, value in results.items():
-            expected = case.arrays.get(f"out.{name}")
-            if expected is None:
-                continue
-            if expected.dtype.kind in "iu":
-                checks.append(Check(f"{name} {tag}", mismatches(value.cpu().numpy(), expected), 0.0))
-                continue
-            error = relative_error(value, torch.from_numpy(expected))
-            checks.append(Check(f"{name} {tag}", error, _value_limit(case, name, dtype)))
-        if scalar is not None:
-            wanted = {f"grad.{name}": leaf for name, leaf in leaves.items()}
-            checks += gradient_checks(case, scalar, wanted, GRADIENTS[dtype], tag)
-    return nonempty(checks)
-
-
-def _input(case: Case, backend: str, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return case.tensor(f"in.{name}", dtype).to(device_of(backend))
-
-
-def _leaf(case: Case, backend: str, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return _input(case, backend, name, dtype).requires_grad_(True)
-
-
-def _loaded(module: torch.nn.Module, state: Tensors, backend: str, dtype: torch.dtype) -> Tensors:
-    """Loads the whole state dict into `module` and returns its parameters."""
-    module.load_state_dict(state, strict=True)
-    return dict(module.to(device=device_of(backend), dtype=dtype).eval().named_parameters())
+def _checked(case: Case, backend: str, run: Run) -> list[Check]:
+    return checked(case, backend, run, lambda name, dtype: _value_limit(case, name, dtype), GRADIENTS)
 
 
 def _weighted(case: Case, weighted: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -95,7 +45,7 @@ def _adapter3d(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
     state = state_of(case, dtype, "param.")
     hidden, dim = state["0.weight"].shape[:2]
     module = Adapter3d(dim, hidden)
-    leaves = _loaded(module, state, backend, dtype) | {"x": _leaf(case, backend, "x", dtype)}
+    leaves = loaded(module, state, backend, dtype) | {"x": leaf(case, backend, "x", dtype)}
     y = module(leaves["x"])
     return {"y": y}, leaves, _weighted(case, {"R": y})
 
@@ -110,8 +60,8 @@ def _slot_attention(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         eps=float(case.cfg("eps", 1e-8)),
         hidden_dim=len(state["project_q.weight"]),
     )
-    leaves = _loaded(module, state, backend, dtype)
-    leaves |= {name: _leaf(case, backend, name, dtype) for name in ("x", "init") if f"in.{name}" in case.arrays}
+    leaves = loaded(module, state, backend, dtype)
+    leaves |= {name: leaf(case, backend, name, dtype) for name in ("x", "init") if f"in.{name}" in case.arrays}
     slots, dots = module(leaves["x"], leaves.get("init"), backend=backend)
     results = {"slots": slots, "logits": dots, "mask": dots.softmax(1)}
     return results, leaves, _weighted(case, {"R_slots": slots, "R_logits": dots})
@@ -127,7 +77,7 @@ def _object_state_change(case: Case, backend: str, dtype: torch.dtype) -> Outcom
         hidden=len(state["st_transformer.mlp.fc1.weight"]),
         eps=float(case.cfg("ln_eps", 1e-5)),
     )
-    leaves = _loaded(module, state, backend, dtype) | {"x": _leaf(case, backend, "x", dtype)}
+    leaves = loaded(module, state, backend, dtype) | {"x": leaf(case, backend, "x", dtype)}
     found = module(leaves["x"], backend=backend)
     results = {
         "slot_block": found.objects,
@@ -152,7 +102,7 @@ def _space_time_attention(case: Case, backend: str, dtype: torch.dtype) -> Outco
         hidden=len(state["st_transformer.0.mlp.fc1.weight"]),
         eps=float(case.cfg("ln_eps", 1e-5)),
     )
-    leaves = _loaded(module, state, backend, dtype) | {"x": _leaf(case, backend, "x", dtype)}
+    leaves = loaded(module, state, backend, dtype) | {"x": leaf(case, backend, "x", dtype)}
     found = module(leaves["x"], backend=backend)
     scalar = _weighted(case, {"R_logit": found.logit, "R_token": found.video})
     return {"logit": found.logit, "token": found.video}, leaves, scalar
@@ -165,23 +115,23 @@ def _losses(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         slot_temperature=float(case.cfg("tau_weight", default.slot_temperature)),
         temperature=float(case.cfg("tau", default.temperature)),
     )
-    leaves = {name: _leaf(case, backend, name, dtype) for name in ("mask_logits", "state", "slot_embed")}
+    leaves = {name: leaf(case, backend, name, dtype) for name in ("mask_logits", "state", "slot_embed")}
     shared: Tensors = {}
     if "in.state_all" in case.arrays:
-        shared["keys"] = _input(case, backend, "state_all", dtype)
-        shared["key_label"] = _input(case, backend, "label_all", torch.int64)
+        shared["keys"] = given(case, backend, "state_all", dtype)
+        shared["key_label"] = given(case, backend, "label_all", torch.int64)
     results = {
         "mask_diversity": mask_diversity_loss(leaves["mask_logits"]),
         "state_change": state_change_loss(
             leaves["state"],
-            _input(case, backend, "label", torch.int64),
-            _input(case, backend, "perm", torch.int64),
+            given(case, backend, "label", torch.int64),
+            given(case, backend, "perm", torch.int64),
             keys=shared.get("keys"),
             key_label=shared.get("key_label"),
             settings=settings,
         ),
         "object_distill": distillation_loss(
-            leaves["slot_embed"], _input(case, backend, "teacher_cls", dtype), settings
+            leaves["slot_embed"], given(case, backend, "teacher_cls", dtype), settings
         ),
     }
     return results, leaves, torch.stack(list(results.values())).sum()
@@ -202,8 +152,8 @@ def _model_e2e(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         losses=LossSettings(classification, diversity, change, distillation),
     )
     model = ObjectAdapter(config)
-    leaves = {name: p for name, p in _loaded(model, state, backend, dtype).items() if p.requires_grad}
-    video = _input(case, backend, "video", dtype)
+    leaves = {name: p for name, p in loaded(model, state, backend, dtype).items() if p.requires_grad}
+    video = given(case, backend, "video", dtype)
     with torch.no_grad():
         frames = video.flatten(0, 1)
         encoder = cast(DinoEncoder, model.encoder)
@@ -212,9 +162,9 @@ def _model_e2e(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
     output = model(video, backend=backend)
     losses = model.losses(
         output,
-        _input(case, backend, "label", torch.int64),
-        _input(case, backend, "teacher_cls", dtype),
-        _input(case, backend, "perm", torch.int64),
+        given(case, backend, "label", torch.int64),
+        given(case, backend, "teacher_cls", dtype),
+        given(case, backend, "perm", torch.int64),
     )
     results = {
         "vit_tokens": encoded.x.flatten(2).transpose(1, 2),

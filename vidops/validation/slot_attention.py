@@ -23,11 +23,11 @@ from vidops.validation.case import (
     state_of,
     tag_of,
 )
+from vidops.validation.outcomes import Tensors, loaded
 
 VALUES = {torch.float32: 2e-5, torch.float64: 1e-9}
 GRADIENTS = {torch.float32: 2e-4, torch.float64: 1e-9}
 
-Tensors = dict[str, torch.Tensor]
 # Results by the name after "out.", and leaves by the name after "grad.".
 Outcome = tuple[Tensors, Tensors]
 
@@ -63,12 +63,6 @@ def _leaves(case: Case, backend: str, dtype: torch.dtype, *names: str) -> Tensor
 
 def _weights(case: Case, backend: str, dtype: torch.dtype) -> Tensors:
     return {name: t.to(device_of(backend)).requires_grad_(True) for name, t in state_of(case, dtype).items()}
-
-
-def _loaded(module: nn.Module, state: Tensors, backend: str, dtype: torch.dtype) -> Tensors:
-    """Loads the whole state dict into `module` and returns its parameters."""
-    module.load_state_dict(state, strict=True)
-    return dict(module.to(device=device_of(backend), dtype=dtype).eval().named_parameters())
 
 
 def _locatello(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
@@ -163,7 +157,7 @@ def _bo_qsa(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         input_dim=state["project_k.weight"].shape[1],
         truncate=("none", "bilevel", "fixed_point")[int(case.cfg("truncate", 1))],
     )
-    parameters = _loaded(module, state, backend, dtype)
+    parameters = loaded(module, state, backend, dtype)
     slots, attn = module(
         given["inputs"], float(case.cfg("sigma", 0.0)), noise=given.get("noise"), backend=backend
     )
@@ -180,7 +174,7 @@ def _learned_query(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         eps=float(case.cfg("eps", 1e-8)),
         hidden_dim=len(state["project_q.weight"]),
     )
-    parameters = _loaded(module, state, backend, dtype)
+    parameters = loaded(module, state, backend, dtype)
     slots, dots = module(given["inputs"], backend=backend)
     return {"slots": slots, "dots": dots}, parameters | given
 
@@ -206,7 +200,7 @@ def _lucidrains(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         module: nn.Module = vidops.nn.MultiHeadSlotAttention(4, **_multi_head_options(case, state))
     else:
         module = vidops.nn.SlotAttention(4, **_lucidrains_options(case, state))
-    parameters = _loaded(module, state, backend, dtype)
+    parameters = loaded(module, state, backend, dtype)
     slots = module(given["inputs"], num_slots=count, noise=given["noise"], backend=backend)
     return {"slots": slots}, parameters | given
 
@@ -219,7 +213,7 @@ def _lucidrains_adaptive(case: Case, backend: str, dtype: torch.dtype) -> Outcom
     else:
         attention = vidops.nn.SlotAttention(4, **_lucidrains_options(case, inner))
     module = vidops.nn.AdaptiveSlotWrapper(attention, temperature=float(case.cfg("temperature", 1.0)))
-    parameters = _loaded(module, state, backend, dtype)
+    parameters = loaded(module, state, backend, dtype)
     uniform = case.tensor("in.uniform", dtype).to(device_of(backend))
     slots, keep = module(
         given["inputs"], uniform=uniform, num_slots=uniform.shape[1], noise=given["noise"], backend=backend
@@ -254,7 +248,7 @@ def _savi_sequence(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
     )
     leaves = dict(given)
     for module, prefix, weights in ((corrector, "corrector_", of_corrector), (predictor, "predictor_", of_predictor)):
-        leaves |= {prefix + name: p for name, p in _loaded(module, weights, backend, dtype).items()}
+        leaves |= {prefix + name: p for name, p in loaded(module, weights, backend, dtype).items()}
     slots, frames = given["slots_init"], []
     for features in given["features"].unbind(1):
         corrected, attn = corrector(slots, features, backend=backend)
@@ -277,7 +271,7 @@ def _slot_two_stage(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
         threshold=float(case.cfg("mask_threshold", 0.3)),
         soft_mask=bool(case.cfg("soft_mask", 0)),
     )
-    parameters = _loaded(module, state, backend, dtype)
+    parameters = loaded(module, state, backend, dtype)
     names = ("semantic_slots", "semantic_dots", "instance_slots", "instance_dots")
     results = module(given["inputs"], given["instance_init"], backend=backend)
     return dict(zip(names, results, strict=True)), parameters | given
