@@ -13,7 +13,15 @@ import torch
 
 from vidops._registry import BACKENDS, NO_IMPLEMENTATION, OPS, BackendError
 from vidops.ops import _backends
-from vidops.validation import object_adapter, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
+from vidops.validation import (
+    object_adapter,
+    slot_attention,
+    smtc_model,
+    smtc_ops,
+    ssl_uvos_model,
+    ssl_uvos_ops,
+    sta_ops,
+)
 from vidops.validation.case import Case, Check, GoldenError
 
 
@@ -49,6 +57,7 @@ CLUSTER_OPS = (
 )
 MODEL_OPS = (*CLUSTER_OPS, "video_attention")
 SLOT_OPS = ("slot_attention",)
+PRUNE_OPS = ("gather_tokens", "sta_score")
 ADAPTER_OPS = ("slot_attention", "video_attention")
 
 KINDS: dict[str, dict[str, Kind]] = {
@@ -87,10 +96,19 @@ KINDS: dict[str, dict[str, Kind]] = {
         "losses": Kind(ssl_uvos_model.check_losses, MODEL_OPS),
         "st_block": Kind(ssl_uvos_model.check_st_block, MODEL_OPS),
     },
+    "sta": {
+        "chain_three_stages": Kind(sta_ops.check_chain, PRUNE_OPS),
+        "first_frame": Kind(sta_ops.check_first_frame, ("bipartite_match", "gather_tokens")),
+        "merge_stage": Kind(sta_ops.check_merge, PRUNE_OPS),
+        "paper_algorithm1": Kind(sta_ops.check_merge, PRUNE_OPS),
+        "swin_nearest_fill": Kind(sta_ops.check_fill, ("gather_tokens", "nearest_kept")),
+        "tome_match": Kind(sta_ops.check_tome_match, ("bipartite_match", "gather_tokens", "scatter_tokens")),
+        "tome_prop_attention": Kind(sta_ops.check_tome_attention, ()),
+    },
 }
 
 # Papers whose goldens exist and whose ops do not, yet: listed, and a failure only with --strict.
-LATER = ("dclr internlm_xcomposer motion_inductive songcomposer sta video_concepts video_streaming").split()
+LATER = ("dclr internlm_xcomposer motion_inductive songcomposer video_concepts video_streaming").split()
 
 
 def _accepts(backend: str, op: str) -> bool:

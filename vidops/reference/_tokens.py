@@ -1,0 +1,33 @@
+"""What the references of token pruning share: unit keys, and the best partner of every even token."""
+
+from __future__ import annotations
+
+import torch
+
+
+def unit_rows(keys: torch.Tensor) -> torch.Tensor:
+    """Rows over their Euclidean norm in float64; a row of zeros stays zero, and no square over- or underflows."""
+    # In float64, because decisions are made on what is computed from these rows: equal tokens have to get equal
+    # scores, and a BLAS adds in an order that may depend on the place. Rounded to float32 such sums agree again.
+    wide = keys.double()
+    tiny = torch.finfo(torch.float64).tiny
+    scaled = wide / wide.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    return scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def best_partners(
+    unit: torch.Tensor, dtype: torch.dtype, *, class_token: bool = False, distill_token: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """unit (B, N, d) -> even tokens ascending by (similarity, position), similarity, partner; each (B, ceil(N/2))."""
+    even, odd = unit[:, 0::2], unit[:, 1::2]
+    if odd.shape[1] == 0:
+        similarity = unit.new_full(even.shape[:2], -torch.inf, dtype=dtype)
+        partner = torch.full(even.shape[:2], -1, dtype=torch.int64, device=unit.device)
+    else:
+        cosine = (even @ odd.mT).to(dtype)
+        if distill_token:
+            cosine[:, :, 0] = -torch.inf
+        similarity, partner = cosine.max(2)
+    if class_token:
+        similarity[:, 0] = -torch.inf
+    return similarity.sort(dim=1, stable=True).indices, similarity, partner
