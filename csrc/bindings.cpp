@@ -7,14 +7,18 @@
 #include "vidops/assign_clusters.h"
 #include "vidops/assign_rows.h"
 #include "vidops/attention_head_mean.h"
+#include "vidops/bipartite_match.h"
 #include "vidops/cpu_isa.h"
+#include "vidops/gather_tokens.h"
 #include "vidops/greedy_absorb.h"
 #include "vidops/greedy_absorb_kl.h"
 #include "vidops/label_propagation.h"
+#include "vidops/nearest_kept.h"
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
 #include "vidops/slot_side.h"
+#include "vidops/sta_score.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -137,6 +141,43 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           vidops::greedy_absorb_kl_forward_cpu(a, threads);
         });
+  m.def("bipartite_match_forward_cpu", [](capsule metric, capsule order, capsule similarity, capsule partner,
+                                          bool class_token, bool distill_token, int threads) {
+    vidops::BipartiteMatchParams a;
+    a.metric = view(metric), a.order = view(order), a.similarity = view(similarity), a.partner = view(partner);
+    a.class_token = class_token, a.distill_token = distill_token;
+    py::gil_scoped_release release;
+    vidops::bipartite_match_forward_cpu(a, threads);
+  });
+  m.def("sta_score_forward_cpu",
+        [](capsule x, capsule metric, capsule keep, capsule activation, capsule acc, capsule score,
+           capsule first_order, capsule first_similarity, bool reverse, bool first_frame_pruned, int threads) {
+          vidops::StaScoreParams a;
+          a.x = view(x), a.metric = view(metric), a.keep = view(keep), a.activation = view(activation);
+          a.acc = view(acc), a.score = view(score);
+          a.first_order = view(first_order), a.first_similarity = view(first_similarity);
+          a.reverse = reverse, a.first_frame_pruned = first_frame_pruned;
+          py::gil_scoped_release release;
+          vidops::sta_score_forward_cpu(a, threads);
+        });
+  m.def("gather_tokens_forward_cpu", [](capsule x, capsule index, capsule out, int threads) {
+    vidops::GatherTokensParams a;
+    a.x = view(x), a.index = view(index), a.out = view(out);
+    py::gil_scoped_release release;
+    vidops::gather_tokens_forward_cpu(a, threads);
+  });
+  m.def("scatter_tokens_forward_cpu", [](capsule x, capsule index, capsule out, int threads) {
+    vidops::GatherTokensParams a;
+    a.x = view(x), a.index = view(index), a.out = view(out);
+    py::gil_scoped_release release;
+    vidops::scatter_tokens_forward_cpu(a, threads);
+  });
+  m.def("nearest_kept_forward_cpu", [](capsule keep, capsule source, int64_t width, int threads) {
+    vidops::NearestKeptParams a;
+    a.keep = view(keep), a.source = view(source), a.width = width;
+    py::gil_scoped_release release;
+    vidops::nearest_kept_forward_cpu(a, threads);
+  });
   m.def("segment_mean_forward_cpu", [](capsule x, capsule label, capsule mean, int threads) {
     vidops::SegmentMeanParams a;
     a.x = view(x), a.label = view(label), a.mean = view(mean);

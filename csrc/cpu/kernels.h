@@ -134,6 +134,10 @@ struct Kernels {
   void (*scaled_copy)(T a, const T* x, T* y, int64_t n);  // y = a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);         // y += a x
   T (*dot)(const T* x, const T* y, int64_t n);
+  double (*magnitude_sum)(const T* x, int64_t n);  // sum |x|
+  double (*square_sum)(const T* x, int64_t n);
+  void (*divided_copy)(T a, const T* x, T* y, int64_t n);  // y = x / a
+  void (*wide_axpy)(const T* x, double* y, int64_t n);     // y += x
   // The dot products of dot_rows rows a with dot_columns rows b, n elements each, row-major; the order of each sum
   // depends on n alone.
   int dot_rows, dot_columns;

@@ -279,6 +279,66 @@ T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
+// The lanes of v as doubles, in order, by halves.
+typedef double VD __attribute__((vector_size(VIDOPS_VECTOR_BYTES)));
+typedef float VH __attribute__((vector_size(VIDOPS_VECTOR_BYTES / 2)));
+typedef float UH __attribute__((vector_size(VIDOPS_VECTOR_BYTES / 2), aligned(4), may_alias));
+VIDOPS_INLINE VD wide(const float* x) {
+  return __builtin_convertvector(VH(*reinterpret_cast<const UH*>(x)), VD);
+}
+VIDOPS_INLINE VD wide(const double* x) { return load(x); }
+constexpr int kWide = VIDOPS_VECTOR_BYTES / 8;
+
+template <class T>
+double square_sum(const T* x, int64_t n) {
+  VD s[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kWide <= n; i += 2 * kWide) {
+    const VD a = wide(x + i), b = wide(x + i + kWide);
+    s[0] += a * a;
+    s[1] += b * b;
+  }
+  double sum = lane_sum<double>(s[0] + s[1]);
+  for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
+  return sum;
+}
+
+template <class T>
+double magnitude_sum(const T* x, int64_t n) {
+  using L = Lanes<T>;
+  VD s = {};
+  int64_t i = 0;
+  // Eight at a time in T, as a tree of three additions, the total in double: what is left of a sum after its smallest
+  // is taken off has to be precise.
+  for (; i + 8 * L::W <= n; i += 8 * L::W) {
+    typename L::V v[8];
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; ++u) v[u] = load(x + i + u * L::W), v[u] = v[u] < splat(T(0)) ? -v[u] : v[u];
+    T part[L::W];
+    store(part, ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+#pragma GCC unroll 2
+    for (int h = 0; h < L::W; h += kWide) s += wide(part + h);
+  }
+  double sum = lane_sum<double>(s);
+  for (; i < n; ++i) sum += double(x[i] < 0 ? -x[i] : x[i]);
+  return sum;
+}
+
+template <class T>
+void divided_copy(T a, const T* x, T* y, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(y + i, load(x + i) / splat(a));
+  for (; i < n; ++i) y[i] = x[i] / a;
+}
+
+template <class T>
+void wide_axpy(const T* x, double* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) store(y + i, load(y + i) + wide(x + i));
+  for (; i < n; ++i) y[i] += double(x[i]);
+}
+
 // Of two vectors that hold sums with LEFT lanes each still to be added: the same with half as many, x before y.
 template <class T, int LEFT>
 VIDOPS_INLINE typename Lanes<T>::V fold(typename Lanes<T>::V x, typename Lanes<T>::V y) {
@@ -575,6 +635,10 @@ constexpr Kernels<T> make_table() {
           scaled_copy<T>,
           axpy<T>,
           dot<T>,
+          magnitude_sum<T>,
+          square_sum<T>,
+          divided_copy<T>,
+          wide_axpy<T>,
           kDotRows,
           kDotColumns,
           dots<T>,
