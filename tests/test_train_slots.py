@@ -103,7 +103,7 @@ def test_backends_that_differ_are_noticed(monkeypatch, tmp_path, capsys):
 
 
 def feature_task() -> data.Task:
-    """A bright square on a dark ground, as features of eight channels."""
+    """A bright square on a dark ground, as tokens of eight channels."""
     maps = torch.zeros(6, 8, 8, 12)
     truth = np.zeros((6, 8, 12), np.int64)
     for t in range(6):
@@ -113,14 +113,14 @@ def feature_task() -> data.Task:
     frames = np.zeros((6, 32, 48, 3), np.uint8)
     video = Video("", frames, np.arange(6), np.arange(6) / 5, (32, 48), 5.0, 6, "raw", "raw")
     masks = ReferenceMasks(truth, np.arange(6), ("left", "right"), np.ones(6, bool))
-    return data.feature_task(video, maps, masks, batch=4, slots=3)
+    return data.feature_task(video, maps.flatten(2).mT, (8, 12), masks, batch=4, slots=3)
 
 
 def test_features_are_learned_too():
     task = feature_task()
     assert isinstance(task.model(), FeatureTracker) and task.test.shape == (1, 6, 96, 8)
-    result = training.train(task, steps=60, every=30)
-    assert result.losses[-1] < 0.8 * result.losses[0]
+    result = training.train(task, steps=150, every=150)
+    assert result.losses[-1] < 0.2 * result.losses[0]
     assert result.labels.shape == (1, 6, 8, 12) and -1 <= result.points[-1].fg_ari <= 1
 
 

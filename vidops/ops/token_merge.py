@@ -124,8 +124,8 @@ def proportional_attention(
     >>> import torch, vidops
     >>> q = torch.zeros(1, 1, 2, 1)
     >>> v, size = torch.tensor([[[[0.0], [4.0]]]]), torch.tensor([[[1.0], [3.0]]])
-    >>> vidops.proportional_attention(q, q, v, size).flatten().tolist()
-    [3.0, 3.0]
+    >>> vidops.proportional_attention(q, q, v, size).flatten()
+    tensor([3.0000, 3.0000])
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(name, value, rank=4)

@@ -24,7 +24,7 @@ from vidops.train_slots.data import TASKS, Task
 from vidops.train_slots.training import Point, Result, train
 from vidops.video import VideoError
 
-STEPS = {"sprites": 1500, "clip": 1000}
+STEPS = {"sprites": 1500, "clip": 600}
 COMPARED = ("reference", "cpu")
 # Of the losses of two backends, relative; further runs drift apart, since training amplifies rounding.
 TOLERANCE, COMPARED_STEPS = 1e-4, 40
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT",
                         help="folder for DATA_curve.png, DATA_masks.gif, DATA_weights.pt and report.json")
     parser.add_argument("--data", choices=("both", *TASKS), default="both",
-                        help="moving sprites, features of the two-people clip, or one after the other (default)")
+                        help="moving sprites, descriptors of the two-people clip, or one after the other (default)")
     steps = ", ".join(f"{count} for {name}" for name, count in STEPS.items())
     parser.add_argument("--steps", type=whole(1, 1_000_000), help=f"training steps (default {steps})")
     parser.add_argument("--every", type=whole(1, 1_000_000), default=100, help="steps between scores (default 100)")

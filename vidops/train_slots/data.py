@@ -11,7 +11,7 @@ import torch
 
 from vidops import assets, features
 from vidops.evaluation import fg_ari
-from vidops.segment import scoring
+from vidops.segment import descriptors, scoring
 from vidops.segment.command import DEMO, DEMO_MASKS
 from vidops.train_slots import sprites
 from vidops.train_slots.model import FeatureTracker, ImageDecoder, ImageEncoder, SlotTracker
@@ -19,8 +19,8 @@ from vidops.video import Video, read_video
 
 SIDE, SPRITES, TRAIN_FRAMES, TEST_FRAMES, TEST_CLIPS = 16, 3, 2, 4, 32
 TEST_SEED = 20_000
-# Size at which MobileNetV2 sees the real clip, the layer whose features are rebuilt, and frames sampled of it.
-CLIP_SIZE, CLIP_LAYER, CLIP_FRAMES, COMPONENTS = (240, 432), 13, 24, 32
+# Size at which MobileNetV2 sees the real clip, frames sampled of it, and how far apart descriptors put what moves.
+CLIP_SIZE, CLIP_FRAMES, MOVING_PLACE = (240, 432), 24, 24.0
 
 Labels = npt.NDArray[np.int64]
 
@@ -64,27 +64,32 @@ def sprite_task(*, batch: int = 16) -> Task:
     )
 
 
-def clip_task(*, batch: int = 8) -> Task:
-    """Features of `CLIP_FRAMES` frames of the two-people clip, from frozen ImageNet weights."""
+def clip_task(*, batch: int = 4) -> Task:
+    """`CLIP_FRAMES` frames of the two-people clip as the descriptors that `vidops segment` clusters, from frozen
+    ImageNet weights; what moves is told apart by its place more than there."""
     video = read_video(str(assets.fetch(DEMO)), max_frames=CLIP_FRAMES)
     net = features.MobileNetV2.from_file(assets.fetch("mobilenet_v2"))
-    (maps,) = features.extract(net, torch.from_numpy(video.frames), CLIP_SIZE, (CLIP_LAYER,))
-    return feature_task(video, maps, scoring.read_masks(DEMO_MASKS), batch=batch)
+    maps = features.extract(net, torch.from_numpy(video.frames), CLIP_SIZE, descriptors.LAYERS)
+    grid = (CLIP_SIZE[0] // descriptors.STRIDE, CLIP_SIZE[1] // descriptors.STRIDE)
+    found = descriptors.build(
+        maps, grid, ratio=CLIP_FRAMES, settings=descriptors.DescriptorSettings(moving_place=MOVING_PLACE)
+    )
+    tokens = found.q[:, 0, :, :-1]  # its last channel is the constant that a kernel of distances needs
+    return feature_task(video, tokens, grid, scoring.read_masks(DEMO_MASKS), batch=batch)
 
 
 def feature_task(
-    video: Video, maps: torch.Tensor, masks: scoring.ReferenceMasks, *, batch: int = 8, slots: int = 7
+    video: Video,
+    tokens: torch.Tensor,
+    grid: tuple[int, int],
+    masks: scoring.ReferenceMasks,
+    *,
+    batch: int = 4,
+    slots: int = 8,
 ) -> Task:
-    """Windows of a clip's feature maps (T, C, rows, columns).
-
-    What is rebuilt are the principal components of their difference from the median over time: of a camera that stands
-    still this leaves what moves.
-    """
-    dim, grid = 48, (maps.shape[2], maps.shape[3])
-    moved = (maps - maps.median(0).values).flatten(2).mT
-    channels = min(COMPONENTS, moved.shape[2])
-    _, _, axes = torch.linalg.svd(moved.flatten(0, 1), full_matrices=False)
-    clip = moved @ axes[:channels].T
+    """Windows of a clip's tokens (T, rows * columns, channels), which are also what is rebuilt."""
+    dim, channels = 48, tokens.shape[2]
+    clip = tokens - tokens.mean((0, 1))
     clip = clip / clip.std().clamp_min(1e-6)
 
     def windows(generator: torch.Generator) -> torch.Tensor:
