@@ -1,4 +1,4 @@
-"""``vidops`` and ``python -m vidops``: the report, and the commands segment, train-slots and validate."""
+"""``vidops`` and ``python -m vidops``: the report, and the commands classify, segment, train-slots and validate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ def main(argv: list[str] | None = None) -> int:
         from vidops.validation import main as validate
 
         return validate(argv[1:])
-    if argv and argv[0] in ("segment", "train-slots"):
+    if argv and argv[0] in ("classify", "segment", "train-slots"):
         try:
-            if argv[0] == "segment":
+            if argv[0] == "classify":
+                from vidops.classify import main as run
+            elif argv[0] == "segment":
                 from vidops.segment import main as run
             else:
                 from vidops.train_slots import main as run
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return run(argv[1:])
     if argv:
-        known = "segment, train-slots, validate, or nothing for the report"
+        known = "classify, segment, train-slots, validate, or nothing for the report"
         print(f"vidops: unknown command {argv[0]!r}; expected {known}", file=sys.stderr)
         return 2
     from vidops._report import report

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 
 import vidops
 from vidops import assets, features
-from vidops._options import Parser, UsageError, device_of, whole
-from vidops.evaluation import MissingDependencyError
+from vidops._commands import failed, guarded
+from vidops._options import Parser, UsageError, device_of, number, whole
 from vidops.segment import descriptors, pictures, scoring
-from vidops.segment.output import OutputError, OutputFolder
+from vidops.segment.output import OutputFolder
 from vidops.segment.progress import Stages
-from vidops.video import Video, VideoError, read_video, write_video
+from vidops.video import Video, read_video, write_video
 
 DEMO = "two_people"
 DEMO_MASKS = Path(__file__).with_name("two_people_masks.npz")
@@ -30,16 +29,6 @@ FILES = ["overlay.mp4", "contact.png", "labels.npz", "report.json"]
 TOKENS = 1620
 MAX_SIDE = 2048
 CHECKPOINT_SIZE = (192, 384)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -59,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for " + ", ".join(FILES))
     parser.add_argument("--demo", action="store_true", help="fetch the two-people clip, segment it and score it")
     parser.add_argument("--frames", type=whole(1, 4096), default=24, help="frames sampled evenly (default 24)")
-    parser.add_argument("--start", type=_number, default=0.0, metavar="S", help="seconds (default 0)")
-    parser.add_argument("--end", type=_number, metavar="S", help="seconds (default: to the end)")
+    parser.add_argument("--start", type=number, default=0.0, metavar="S", help="seconds (default 0)")
+    parser.add_argument("--end", type=number, metavar="S", help="seconds (default: to the end)")
     parser.add_argument("--size", type=_size, metavar="HxW", help="size the network sees (default: by aspect ratio)")
-    parser.add_argument("--tau", type=_number, default=1.0, help="threshold of the clustering in nats (default 1)")
+    parser.add_argument("--tau", type=number, default=1.0, help="threshold of the clustering in nats (default 1)")
     parser.add_argument("--window", type=whole(1, 4096), default=3, help="frames clustered together (default 3)")
     parser.add_argument("--ratio", type=whole(1, 4096), help="every ratio-th frame is a key frame (default 8, 10 "
                         "with --checkpoint)")
@@ -289,32 +278,13 @@ def _summary(report: dict[str, Any], folder: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Do what `args` say: 0, or 2 after one line on stderr when the input or the options cannot be used."""
-    try:
-        report = _segment(args, Stages(quiet=args.quiet))
-    except (
-        UsageError,
-        VideoError,
-        OutputError,
-        scoring.MaskError,
-        assets.AssetError,
-        MissingDependencyError,
-        vidops.BackendError,
-        features.CheckpointError,
-    ) as error:
-        return _failed(str(error).splitlines()[0])
-    except (torch.OutOfMemoryError, MemoryError):
-        return _failed("out of memory; a smaller --size or fewer --frames need less")
-    except OSError as error:
-        # Reading is covered above: what is left is a full or vanished disk while writing.
-        return _failed(f"{args.output}: {error.strerror or error}")
+    advice = "a smaller --size or fewer --frames need less"
+    report = guarded("segment", args.output, advice, lambda: _segment(args, Stages(quiet=args.quiet)))
+    if isinstance(report, int):
+        return report
     if not args.quiet:
         print(_summary(report, args.output))
     return 0
-
-
-def _failed(message: str) -> int:
-    print(f"vidops segment: {message}", file=sys.stderr)
-    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -324,5 +294,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
     except UsageError as error:
-        return _failed(str(error))
+        return failed("segment", str(error))
     return run(args)

@@ -13,16 +13,13 @@ from typing import Any
 import torch
 
 import vidops
-from vidops import assets
+from vidops._commands import failed, guarded
 from vidops._options import Parser, UsageError, device_of, whole
-from vidops.checkpoints import CheckpointError
-from vidops.evaluation import MissingDependencyError
-from vidops.segment.output import OutputError, OutputFolder
+from vidops.segment.output import OutputFolder
 from vidops.segment.progress import Stages
 from vidops.train_slots import pictures
 from vidops.train_slots.data import TASKS, Task
 from vidops.train_slots.training import Point, Result, train
-from vidops.video import VideoError
 
 STEPS = {"sprites": 1500, "clip": 600}
 COMPARED = ("reference", "cpu")
@@ -146,24 +143,14 @@ def _train_all(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Do what `args` say: 0; 1 when backends disagree; 2 after one line on stderr when something cannot be used."""
+    advice = "--data sprites needs less"
     try:
-        report = _train_all(args, Stages(quiet=args.quiet))
+        report = guarded("train-slots", args.output, advice, lambda: _train_all(args, Stages(quiet=args.quiet)))
     except Disagreement as error:
         print(f"vidops train-slots: {error}", file=sys.stderr)
         return 1
-    except (
-        UsageError,
-        VideoError,
-        OutputError,
-        assets.AssetError,
-        MissingDependencyError,
-        vidops.BackendError,
-        CheckpointError,
-    ) as error:
-        return _failed(str(error).splitlines()[0])
-    except OSError as error:
-        # Reading is covered above: what is left is a full or vanished disk while writing.
-        return _failed(f"{args.output}: {error.strerror or error}")
+    if isinstance(report, int):
+        return report
     if not args.quiet:
         for found in report["runs"]:
             first, last = found["points"][0], found["points"][-1]
@@ -174,11 +161,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _failed(message: str) -> int:
-    print(f"vidops train-slots: {message}", file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     """``vidops train-slots ARGV``."""
     parser = Parser(prog="vidops train-slots", description="Train slot attention to find objects, from scratch.")
@@ -186,5 +168,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
     except UsageError as error:
-        return _failed(str(error))
+        return failed("train-slots", str(error))
     return run(args)
