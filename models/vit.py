@@ -17,7 +17,7 @@ import vidops
 from vidops import checkpoints
 from vidops.checkpoints import LoadReport
 
-ATTENTION_NEEDS = ("none", "map", "heads")
+ATTENTION_NEEDS = ("none", "map", "heads", "keys")
 
 
 def _random_seed() -> int:
@@ -26,10 +26,20 @@ def _random_seed() -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose weights, dropped or not, can be returned with the output."""
+    """Multi-head self-attention whose weights, dropped or not, or mean keys can be returned with the output.
+
+    With `qkv_bias` but not `key_bias` the projection has none, and `q_bias` and `v_bias` are parameters of their own.
+    """
 
     def __init__(
-        self, dim: int, heads: int, *, qkv_bias: bool, attention_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        key_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
@@ -37,7 +47,11 @@ class Attention(nn.Module):
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
+        self.q_bias: nn.Parameter | None = None
+        self.v_bias: nn.Parameter | None = None
+        if qkv_bias and not key_bias:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
@@ -49,14 +63,19 @@ class Attention(nn.Module):
         """Projections number `first` to `last` - 1 of (q, k, v), heads split; the others are not computed."""
         dim = self.qkv.in_features
         rows = slice(first * dim, last * dim)
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        bias = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = None if bias is None else bias[rows]
         parts = F.linear(x, self.qkv.weight[rows], bias).chunk(last - first, dim=-1)
         return tuple(self.split_heads(part) for part in parts)
 
     def forward(
         self, x: torch.Tensor, need: str = "none", *, seed: int | None = None, backend: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B, N, C) -> output (B, N, C); None, the head-mean map (B, N, N) or all maps (B, heads, N, N)."""
+        """x (B, N, C) -> output (B, N, C); None, the head-mean map (B, N, N), all maps (B, heads, N, N) or the
+        head-mean keys (B, N, C / heads).
+        """
         q, k, v = self.project(x, 0, 3)
         dropout = self.attention_dropout if self.training else 0.0
         if dropout > 0 and seed is None:
@@ -72,6 +91,8 @@ class Attention(nn.Module):
             out = cast(torch.Tensor, vidops.video_attention(q, k, v, **options))
         elif need == "map":
             out, weights = vidops.video_attention(q, k, v, need="map", **options)
+        elif need == "keys":
+            out, weights = vidops.video_attention(q, k, v, need="keys", **options)
         elif need == "heads":
             # The mean over one head is that head: with heads moved to the batch axis the map output is all of
             # them. The dropout counter runs over (batch, head, query, key), so the mask is the same as well.
@@ -126,6 +147,7 @@ class Block(nn.Module):
         hidden: int,
         qkv_bias: bool,
         eps: float,
+        key_bias: bool = True,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -134,7 +156,14 @@ class Block(nn.Module):
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
+        self.attn = Attention(
+            dim,
+            heads,
+            qkv_bias=qkv_bias,
+            key_bias=key_bias,
+            attention_dropout=attention_dropout,
+            dropout=dropout,
+        )
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden, dropout)
         self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
@@ -142,7 +171,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, need: str = "none", *, seed: int | None = None, backend: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B, N, C) -> tokens (B, N, C) and the attention weights asked for, see `Attention`."""
+        """x (B, N, C) -> tokens (B, N, C) and what was asked for beside them, see `Attention`."""
         update, weights = self.attn(self.norm1(x), need, seed=seed, backend=backend)
         x = x + self._kept(self.ls1(update))
         return x + self._kept(self.ls2(self.mlp(self.norm2(x)))), weights

@@ -11,10 +11,9 @@ import torch
 import vidops
 from vidops import assets
 from vidops._options import UsageError
+from vidops._output import OutputError
 from vidops.checkpoints import CheckpointError
 from vidops.evaluation import MissingDependencyError
-from vidops.segment.output import OutputError
-from vidops.segment.scoring import MaskError
 from vidops.video import VideoError
 
 R = TypeVar("R")
@@ -39,7 +38,6 @@ def guarded(command: str, output: str, advice: str, work: Callable[[], R]) -> R 
         UsageError,
         VideoError,
         OutputError,
-        MaskError,
         assets.AssetError,
         MissingDependencyError,
         vidops.BackendError,

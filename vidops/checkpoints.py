@@ -23,9 +23,9 @@ from torch import nn
 # A guard against a wrong file or a decompression bomb, far above any checkpoint of the models here.
 MAX_BYTES = 16 * 2**30
 
-# Keys under which a training script keeps the parameters. The teacher comes before the student because DINO
-# evaluates and publishes its teacher.
-WRAPPERS = ("model_state_dict", "state_dict", "teacher", "student")
+# Keys under which a training script keeps the parameters ("module" is DeepSpeed's). The teacher comes before the
+# student because DINO evaluates and publishes its teacher.
+WRAPPERS = ("model_state_dict", "state_dict", "model", "module", "teacher", "student")
 
 
 class CheckpointError(ValueError):
@@ -227,7 +227,8 @@ def load_into(
 
     Raises:
         CheckpointError: missing or unexpected names where they are not allowed, another shape or a dtype that
-            is not floating point, numbers that are not finite, or no name in common. `module` is unchanged.
+            is not floating point, numbers that are not finite, another table of indices, or no name in common.
+            `module` is unchanged.
     """
     own = module.state_dict()
     loaded = tuple(name for name in own if name in state)
@@ -255,6 +256,11 @@ def load_into(
                 path,
                 f"{name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)} in this model",
             )
+        if not own[name].is_floating_point():
+            # A table of indices, which the model's sizes determine.
+            if value.dtype != own[name].dtype or not torch.equal(value, own[name].cpu()):
+                raise CheckpointError(path, f"{name} differs; expected the {own[name].dtype} table of this model")
+            continue
         if not value.is_floating_point():
             raise CheckpointError(path, f"{name} is {value.dtype}; expected a floating point tensor")
         if not bool(torch.isfinite(value).all()):

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import vidops
 from vidops import assets
 from vidops._commands import failed, guarded
 from vidops._options import Parser, UsageError, device_of, number, whole
+from vidops._output import OutputFolder
+from vidops._progress import Stages
 from vidops.classify import pictures
 from vidops.classify.labels import read_labels
 from vidops.models import sta
 from vidops.models.ssl_uvos import NORMALISATIONS
 from vidops.segment.command import DEMO
-from vidops.segment.output import OutputFolder
-from vidops.segment.progress import Stages
 from vidops.video import Video, read_video, write_video
 
 FILES = ["tokens.mp4", "tokens.png", "report.json"]
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo", action="store_true", help="fetch the two-people clip and take that")
     parser.add_argument("--model", metavar="NAME", help=f"one of {', '.join(PREFIX + name for name in sta.CONFIGS)} "
                         "(default sta_vit_base, or what the config.json beside --checkpoint says)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="fine-tuned VideoMAE weights in the authors' or in Hugging "
-                        "Face's layout, or a folder of the latter (default: random weights)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="fine-tuned VideoMAE weights in the authors' or in "
+                        "Hugging Face's layout, or a folder of the latter (default: random weights)")
     parser.add_argument("--classes", type=whole(1, 1_000_000), help="of the checkpoint (default 400)")
     parser.add_argument("--labels", metavar="FILE", help="names of the classes: a line each, or JSON")
     parser.add_argument("--r", type=whole(0, 100_000), default=48,
@@ -70,7 +71,7 @@ def _config(args: argparse.Namespace) -> sta.VideoViTConfig | None:
         known = ", ".join(PREFIX + known for known in sta.CONFIGS)
         raise UsageError(f"--model: expected one of {known}, got {args.model!r}")
     config = sta.CONFIGS[name]
-    return config if args.classes is None else sta.replace(config, classes=args.classes)
+    return config if args.classes is None else replace(config, classes=args.classes)
 
 
 def _model(args: argparse.Namespace) -> sta.VideoViT:
@@ -162,17 +163,18 @@ def _classify(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
         with stages.stage("write"):
             overlaid = pictures.overlays(pixels, dropped_by(trace, config.grid))
             title = f"r = {args.r}: {left[-1] if args.r else config.tokens} of {config.tokens} tokens to the end"
-            rate = min(max(1 / max(float(np.median(np.diff(video.times))), 1e-3), 1.0), 60.0) if len(
-                video.times
-            ) > 1 else 1.0  # fmt: skip
+            # Played at the speed of the source.
+            step = float(np.median(np.diff(video.times))) if len(video.times) > 1 else 1.0
+            rate = min(max(1 / max(step, 1e-3), 1.0), 60.0)
             encoder = write_video(out.file("tokens.mp4"), np.concatenate([pixels, overlaid], 2), rate)
             pictures.write_sheet(out.file("tokens.png"), pixels, overlaid, title)
         score = vidops.explain(
             "sta_prune", trace.tokens, trace.tokens, config.grid[0] // 4, 0, backend=args.backend
         )
+        source = {"codec": video.codec, "size": list(video.source_size), "damage": list(video.damage)}
         report = {
             "vidops": vidops.__version__,
-            "video": {"path": path, "codec": video.codec, "size": list(video.source_size), "damage": list(video.damage)},
+            "video": {"path": path, **source},
             "frames": video.indices.tolist(),
             "model": args.model or ("config.json" if args.checkpoint else "sta_vit_base"),
             "weights": args.checkpoint or RANDOM,

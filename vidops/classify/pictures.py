@@ -35,7 +35,9 @@ def overlays(frames: Frames, dropped: Dropped) -> Frames:
     return mixed.round().astype(np.uint8)
 
 
-def write_sheet(path: str | os.PathLike[str], frames: Frames, overlaid: Frames, title: str, *, columns: int = 8) -> None:
+def write_sheet(
+    path: str | os.PathLike[str], frames: Frames, overlaid: Frames, title: str, *, columns: int = 8
+) -> None:
     """A PNG of every frame above its overlay, with a legend."""
     Image, ImageDraw = image_module()
     count, height, width = frames.shape[:3]

@@ -17,9 +17,9 @@ import vidops
 from vidops import assets, features
 from vidops._commands import failed, guarded
 from vidops._options import Parser, UsageError, device_of, number, whole
+from vidops._output import OutputFolder
+from vidops._progress import Stages
 from vidops.segment import descriptors, pictures, scoring
-from vidops.segment.output import OutputFolder
-from vidops.segment.progress import Stages
 from vidops.video import Video, read_video, write_video
 
 DEMO = "two_people"

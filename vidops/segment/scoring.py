@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vidops._npz import read_npz
+from vidops._options import UsageError
 from vidops.evaluation import fg_ari, upsample_nearest
 
 
-class MaskError(ValueError):
+class MaskError(UsageError):
     """A mask file that cannot be used; the text is one line that starts with its path."""
 
 

@@ -15,8 +15,8 @@ import torch
 import vidops
 from vidops._commands import failed, guarded
 from vidops._options import Parser, UsageError, device_of, whole
-from vidops.segment.output import OutputFolder
-from vidops.segment.progress import Stages
+from vidops._output import OutputFolder
+from vidops._progress import Stages
 from vidops.train_slots import pictures
 from vidops.train_slots.data import TASKS, Task
 from vidops.train_slots.training import Point, Result, train

@@ -20,6 +20,7 @@ from vidops.validation import (
     smtc_ops,
     ssl_uvos_model,
     ssl_uvos_ops,
+    sta_model,
     sta_ops,
 )
 from vidops.validation.case import Case, Check, GoldenError
@@ -58,6 +59,7 @@ CLUSTER_OPS = (
 MODEL_OPS = (*CLUSTER_OPS, "video_attention")
 SLOT_OPS = ("slot_attention",)
 PRUNE_OPS = ("gather_tokens", "sta_score")
+STA_MODEL_OPS = (*PRUNE_OPS, "video_attention")
 ADAPTER_OPS = ("slot_attention", "video_attention")
 
 KINDS: dict[str, dict[str, Kind]] = {
@@ -97,10 +99,14 @@ KINDS: dict[str, dict[str, Kind]] = {
         "st_block": Kind(ssl_uvos_model.check_st_block, MODEL_OPS),
     },
     "sta": {
+        "attention_keymean": Kind(sta_model.check_attention_keymean, ("video_attention",)),
+        "block": Kind(sta_model.check_block, ("video_attention",)),
         "chain_three_stages": Kind(sta_ops.check_chain, PRUNE_OPS),
         "first_frame": Kind(sta_ops.check_first_frame, ("bipartite_match", "gather_tokens")),
         "merge_stage": Kind(sta_ops.check_merge, PRUNE_OPS),
+        "model_tiny": Kind(sta_model.check_model_tiny, STA_MODEL_OPS),
         "paper_algorithm1": Kind(sta_ops.check_merge, PRUNE_OPS),
+        "pos_embed": Kind(sta_model.check_pos_embed, ()),
         "swin_nearest_fill": Kind(sta_ops.check_fill, ("gather_tokens", "nearest_kept")),
         "tome_match": Kind(sta_ops.check_tome_match, ("bipartite_match", "gather_tokens", "scatter_tokens")),
         "tome_prop_attention": Kind(sta_ops.check_tome_attention, ()),
