@@ -333,56 +333,41 @@ void slot_softmax_grad(const SlotSoftmaxGrad<T>& given) {
   }
 }
 
-// Over each of W rows, one lane a row: the sum; with `centre`, of the squared distances from the row's centre.
-template <class T>
-VIDOPS_INLINE typename Lanes<T>::V moment_term(typename Lanes<T>::V x, const T* centre, int row) {
-  if (!centre) return x;
-  const typename Lanes<T>::V distance = x - splat(centre[row]);
-  return distance * distance;
-}
-template <class T>
-VIDOPS_INLINE typename Lanes<T>::V row_sums(const T* const* rows, int64_t width, const T* centre) {
-  using V = typename Lanes<T>::V;
-  constexpr int W = Lanes<T>::W, E = Shuffles<T>::E;
-  T part[W][W];
-  const T* parts[W];
-  for (int r = 0; r < W; ++r) {
-    const T* x = rows[r];
-    V s0 = {}, s1 = {};
-    int64_t c = 0;
-    for (; c + 2 * W <= width; c += 2 * W) {
-      s0 += moment_term(load(x + c), centre, r);
-      s1 += moment_term(load(x + c + W), centre, r);
+// The sum of (x - centre) or of its square, in double: an error of a row's statistics is one of all its dots, which
+// iterations magnify.
+template <class T, bool SQUARE>
+VIDOPS_INLINE double row_sum(const T* x, int64_t width, double centre) {
+  const VD away = splat(centre);
+  VD s[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kWide <= width; c += 4 * kWide)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const VD d = wide(x + c + u * kWide) - away;
+      s[u] += SQUARE ? d * d : d;
     }
-    for (; c < width; c += W) {
-      T rest[W] = {};
-      for (int l = 0; l < W && c + l < width; ++l) rest[l] = x[c + l];
-      s1 += first_lanes<T>(moment_term(load(rest), centre, r), width - c);
-    }
-    store(part[r], s0 + s1);
-    parts[r] = part[r];
+  for (; c + kWide <= width; c += kWide) {
+    const VD d = wide(x + c) - away;
+    s[0] += SQUARE ? d * d : d;
   }
-  V sum = {}, v[E];
-  for (int d = 0; d < W; d += E) {
-    transpose_lane<T>(parts, d, v);
-    for (int c = 0; c < E; ++c) sum += v[c];
+  double sum = lane_sum<double>((s[0] + s[1]) + (s[2] + s[3]));
+  for (; c < width; ++c) {
+    const double d = double(x[c]) - centre;
+    sum += SQUARE ? d * d : d;
   }
   return sum;
 }
 
 template <class T>
 void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd) {
-  using V = typename Lanes<T>::V;
-  constexpr int W = Lanes<T>::W;
-  const T* rows[W];
-  for (int r = 0; r < W; ++r) rows[r] = x + (r < count ? r : count - 1) * pitch;
-  T centre[W], variance[W];
-  store(centre, row_sums<T>(rows, width, nullptr) / splat(T(width)));
-  const V square = row_sums<T>(rows, width, centre);
-  store(variance, square / splat(T(width)) + splat(eps));
-  for (int r = 0; r < count; ++r) {
-    mean[r] = centre[r];
-    rstd[r] = T(1 / __builtin_sqrt(double(variance[r])));
+  for (int64_t r = 0; r < count; ++r, x += pitch) {
+    const double centre = row_sum<T, false>(x, width, 0) / double(width);
+    const double square = row_sum<T, true>(x, width, centre);
+    mean[r] = T(centre);
+    // Of a variance that overflows in T the reciprocal is 0, on every backend.
+    rstd[r] = T(square) > T(0) && T(square) == 2 * T(square)
+                  ? T(0)
+                  : T(1 / __builtin_sqrt(square / double(width) + double(eps)));
   }
 }
 
