@@ -317,19 +317,25 @@ class _Run:
         grad_attn: torch.Tensor | None,
     ) -> torch.Tensor:
         """Gradient of the slots entering the iteration, from that of the slots leaving it."""
+        # What is used up is dropped at once: with few tokens these rows are most of the peak.
         p, options = self.params, self.call.options
-        if taken.mlp is not None:
-            grad = self._mlp_backward(taken.mlp, grad)
-        if taken.gates is None:
+        mlp, gates = taken.mlp, taken.gates
+        del taken.mlp, taken.gates, taken.moved
+        if mlp is not None:
+            grad = self._mlp_backward(mlp, grad)
+        del mlp
+        if gates is None:
             grad_update = grad_entering = grad
         else:
-            grad_update, grad_entering = self._gru_backward(taken.gates, taken.update, taken.slots, grad)
+            grad_update, grad_entering = self._gru_backward(gates, taken.update, taken.slots, grad)
+        del gates, grad, taken.update
         if p.merge_weight is not None:
             grad_update = self._linear_backward(
                 grad_update, taken.heads_out, p.merge_weight, "merge_weight", "merge_bias"
             )
 
         grad_heads = self._to_heads(grad_update)
+        del grad_update, taken.heads_out
         grad_weight = grad_heads.new_zeros(taken.weight.shape)
         if self.value_bias is not None:
             grad_weight = (grad_heads @ self.value_bias[..., None]).squeeze(-1)
@@ -338,9 +344,12 @@ class _Run:
         if self.absorbed:
             grad_row = self.attend.product(grad_heads, self.value)
             self._add_product(self.folded_grads, "value", grad_heads.mT, taken.mean_row)
+        del grad_heads
         grad_total = -((grad_row * taken.mean_row).sum(-1) + grad_weight * taken.weight) / taken.total
+        del taken.mean_row
         grad_num = self._to_batch(grad_row / taken.total[..., None])
         grad_den = self._to_batch(grad_weight / taken.total + grad_total)
+        del grad_row
 
         if self.grad_mask is not None:
             self.grad_mask += self._mask_gradient(taken, grad_num, grad_den)
@@ -348,17 +357,21 @@ class _Run:
         grad_token_q, grad_c = self.attend.backward(
             grad_num, grad_den, grad_dots, grad_attn, *self._pass(taken.token_q, taken.c), grad_keys, grad_values
         )
+        del grad_num, grad_den, taken.token_q
 
         grad_q, grad_c = self._from_batch(grad_token_q), self._from_batch(grad_c)
+        del grad_token_q
         if self.absorbed:
             self._add_product(self.folded_grads, "key", taken.q.mT, grad_q)
             grad_q = self.attend.product(grad_q, self.key.mT)
         if self.key_bias is not None:
             grad_q = grad_q + grad_c[..., None] * self.key_bias[:, None]
             self._add(self.folded_grads, "key_bias", (grad_c[:, None] @ taken.q).squeeze(1))
+        del taken.q
         grad_normed = self._linear_backward(
             self._from_heads(grad_q * options.scale), taken.norm.out, p.q_weight, "q_weight", "q_bias"
         )
+        del grad_q
         return grad_entering + self._norm_backward(grad_normed, taken.norm, "norm_slots")
 
     def _mask_gradient(self, taken: _Step, grad_num: torch.Tensor, grad_den: torch.Tensor) -> torch.Tensor:
@@ -435,8 +448,9 @@ class _Run:
         assert p.mlp_weight1 is not None and p.mlp_weight2 is not None
         activated = self._activated(mlp.hidden)
         grad_hidden = self._linear_backward(grad, activated, p.mlp_weight2, "mlp_weight2", "mlp_bias2")
+        del activated
         if self.call.options.activation == "relu":
-            grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, activated, 0)
+            grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, mlp.hidden, 0)
         else:
             grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, mlp.hidden)
         grad_normed = self._linear_backward(grad_hidden, mlp.norm.out, p.mlp_weight1, "mlp_weight1", "mlp_bias1")
