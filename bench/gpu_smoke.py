@@ -132,17 +132,50 @@ def cases(through: torch.dtype) -> dict[str, Case]:
             )
         ]
 
+    def tokens(seed: int, width: int, device: torch.device, dtype: torch.dtype, count: int = 3 * N) -> torch.Tensor:
+        return _normal(2, count, width, seed=seed).to(through).to(device, dtype)
+
+    def sta_score(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        x, metric = tokens(8, D, device, dtype), tokens(9, K, device, dtype)
+        results = []
+        for reverse, pruned in ((False, False), (True, True)):
+            results += vidops.sta_score(x, metric, 3, 11, reverse, first_frame_pruned=pruned, backend=backend)
+        return results
+
+    def bipartite_match(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        return list(vidops.bipartite_match(tokens(10, K, device, dtype), backend=backend))
+
+    def gather_tokens(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        x = tokens(11, D, device, dtype, N).requires_grad_(True)
+        out = vidops.gather_tokens(x, (torch.arange(2 * M).view(2, M) * 5 % (N - 3)).to(device), backend=backend)
+        (out * _normal(*out.shape, seed=12).to(out)).sum().backward()
+        return [out.detach(), x.grad]
+
+    def scatter_tokens(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        x = tokens(13, D, device, dtype, M).requires_grad_(True)
+        out = vidops.scatter_tokens(x, (torch.arange(2 * M).view(2, M) * 5 % N).to(device), N + 3, backend=backend)
+        (out * _normal(*out.shape, seed=14).to(out)).sum().backward()
+        return [out.detach(), x.grad]
+
+    def nearest_kept(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        keep = (torch.arange(2 * K).view(2, K) * 7 % 48).to(device)
+        return [vidops.nearest_kept(keep, (6, 8), backend=backend)]
+
     every = (
         attention_head_mean, video_attention, symmetric_kl, symmetric_kl_adjacency, neighbour_mean, greedy_absorb,
         greedy_absorb_kl, segment_mean, assign_clusters, assign_rows, slot_attention, label_propagation,
+        sta_score, bipartite_match, gather_tokens, scatter_tokens, nearest_kept,
     )  # fmt: skip
     return {case.__name__: case for case in every}
 
 
 # Ops on queries, keys and features take halves as they are; maps are widened before a kernel sees them.
-HALF_OPS = ("attention_head_mean", "video_attention", "assign_clusters", "slot_attention", "label_propagation")
+HALF_OPS = (
+    "attention_head_mean", "video_attention", "assign_clusters", "slot_attention", "label_propagation", "sta_score",
+    "bipartite_match", "gather_tokens", "scatter_tokens",
+)  # fmt: skip
 # On CUDA the others have no float64.
-DOUBLE_OPS = ("label_propagation",)
+DOUBLE_OPS = ("label_propagation", "gather_tokens", "scatter_tokens", "nearest_kept")
 LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

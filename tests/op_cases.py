@@ -63,6 +63,7 @@ def _tuple(result: Any) -> Tensors:
 
 # The torch ops, and once more those whose kernels read and write half precision: alignment and strides decide how a
 # compiled kernel moves them, which is nothing to the interpreter.
+READS_HALVES = ("assign_clusters", "bipartite_match", "label_propagation", "sta_score")
 HALVES = () if INTERPRETED else ("bfloat16", "float16")
 NAMES = [
     *sorted(OPS),
@@ -71,7 +72,7 @@ NAMES = [
 NAMES += [
     f"{name} {dtype}"
     for name in NAMES
-    if "attention" in name or name in ("assign_clusters", "label_propagation")
+    if "attention" in name or "tokens" in name or name in READS_HALVES
     for dtype in HALVES
 ]
 
@@ -99,6 +100,11 @@ def case(name: str, backend: str) -> OpCase:
     rows_of, across = (1, n) if INTERPRETED else (7, 10)
     frame, *context = heads(4, rows_of * across, 13, dtype=dtype, seed=8, on=backend)
     soft = maps(3 * rows_of * across, 5, seed=9, on=backend).view(3, -1, 5)
+    # Three groups of tokens, whose indices repeat.
+    tokens, keys = heads(2, 39, 13, dtype=dtype, seed=10, on=backend), heads(2, 39, 8, dtype=dtype, seed=11, on=backend)
+    index = torch.arange(2 * 17, device=tokens.device).view(2, 17) * 5 % 39
+    taken = heads(2, 17, 13, dtype=dtype, seed=12, on=backend)
+    keep = torch.arange(2 * 11, device=tokens.device).view(2, 11) * 3 % 35
     calls: dict[str, tuple[Tensors, tuple[Any, ...]]] = {
         "attention_head_mean": ((q, k), (0.3, 0.0, 0, True)),
         "attention_head_mean_backward": ((grad_map, q, k, lse), (0.3, 0.0, 0)),
@@ -114,6 +120,13 @@ def case(name: str, backend: str) -> OpCase:
         "assign_clusters": ((q[1], k[1], lse[1], p_head[1, ::7], log_p_head[1, ::7]), (0.3,)),
         "assign_rows": ((p, p.log(), x, x.log()), ()),
         "label_propagation": ((frame, torch.stack(context), soft), (rows_of, across, 2.5, 4, 0.2, 1, 1)),
+        "sta_score": ((tokens, keys), (3, 4, True, False)),
+        "bipartite_match": ((keys,), (True, False)),
+        "gather_tokens": ((tokens, index), ()),
+        "gather_tokens_backward": ((taken, index), (39,)),
+        "scatter_tokens": ((taken, index), (39,)),
+        "scatter_tokens_backward": ((tokens, index), ()),
+        "nearest_kept": ((keep,), (5, 7)),
     }
     tensors, scalars = calls[name]
     return OpCase(op, gradient, tensors, scalars)

@@ -174,7 +174,123 @@ def _slot_cases():
         yield (x, slots, good), {"backend": bad}, "backend"
 
 
+_CLIP = F(2, 12, 4), F(2, 12, 3)
+_INDEX = torch.zeros(2, 5, dtype=torch.int64)
+
+
+def _score_cases():
+    """Three groups of four tokens."""
+    x, keys = _CLIP
+    for bad in itertools.chain(_not_floats((2, 12, 4)), _wrong_ranks((0, 1, 2, 4)), [x[:, :0], x[..., :0]]):
+        yield (bad, keys, 3, 1), {}, "x"
+    for bad in itertools.chain(_not_floats((2, 12, 3)), _wrong_ranks((0, 1, 2, 4)), [keys[:, :0], keys[..., :0]]):
+        yield (x, bad, 3, 1), {}, "metric"
+    for bad in (keys[:1], keys[:, :11], keys.double(), keys.half(), keys.to("meta")):
+        yield (x, bad, 3, 1), {}, "metric"
+    for bad in (0, -1, 5, 24, 1.0, None, "3", True, [3]):
+        yield (x, keys, bad, 1), {}, "num_frames"
+    for bad in (-1, 4, 5, 1000, 1.0, None, "1", True, [1]):
+        yield (x, keys, 3, bad), {}, "r"
+    for bad in (0, 1, None, "yes", torch.tensor(True)):
+        yield (x, keys, 3, 1, bad), {}, "reverse"
+        yield (x, keys, 3, 1), {"first_frame_pruned": bad}, "first_frame_pruned"
+
+
+def _key_cases(*flags):
+    keys = _CLIP[1]
+    for bad in itertools.chain(_not_floats((2, 12, 3)), _wrong_ranks((0, 1, 2, 4, 5, 6, 7)), _wrong_ranks((8, 9))):
+        yield (bad,), {}, "metric"
+    for shape in ((2, 0, 3), (2, 12, 0), (0, 0, 3), (0, 2, 0), (1, 0, 1), (1, 1, 0), (5, 0, 0), (0, 0, 0)):
+        yield (F(*shape),), {}, "metric"
+        yield (F(*shape, dtype=torch.float64),), {}, "metric"
+    for name in flags:
+        for bad in (0, 1, None, "yes", torch.tensor(True)):
+            yield (keys,), {name: bad}, name
+
+
+def _index_cases(name, good):
+    """`good` (2, 5) with values in [0, 12)."""
+    yield from ((bad, name) for bad in (None, 1, [[0]], "x", good.numpy(), good.float(), good.int(), good.bool()))
+    yield from ((bad, name) for bad in (good[0], good[None], good[:1], good - 1, good + 12, good.to("meta")))
+
+
+def _token_cases():
+    x = _CLIP[0]
+    for bad in itertools.chain(_not_floats((2, 12, 4)), _wrong_ranks((0, 1, 9))):
+        yield (bad, _INDEX), {}, "x"
+    for bad, name in _index_cases("index", _INDEX):
+        yield (x, bad), {}, name
+    for far in (12, 13, 2**31, 2**40, -2, -(2**40)):
+        yield (x, torch.tensor([[0, far], [0, 0]])), {}, "index"
+    yield from (((x[:, :size], _INDEX + size), {}, "index") for size in range(8))
+
+
+def _merge_cases():
+    x, keys = _CLIP
+    for bad in itertools.chain(_not_floats((2, 12, 4)), _wrong_ranks((0, 1, 2, 4))):
+        yield (bad, keys, 1), {}, "x"
+    for bad in itertools.chain(_not_floats((2, 12, 3)), _wrong_ranks((0, 1, 2, 4)), [keys[:1], keys[:, :3]]):
+        yield (x, bad, 1), {}, "metric"
+    yield from (((x, keys, bad), {}, "r") for bad in (-1, 1.0, None, "1", True))
+    size = F(2, 12, 1)
+    for bad in (1, "x", size.numpy(), size.int(), size.double(), size[0], size[:1], size[..., 0], size.to("meta")):
+        yield (x, keys, 1, bad), {}, "size"
+    for bad in (0, 1, None, "yes"):
+        yield (x, keys, 1), {"class_token": bad, "distill_token": True}, "class_token"
+        yield (x, keys, 1), {"distill_token": bad}, "distill_token"
+    yield (x, keys, 1), {"distill_token": True}, "distill_token"
+
+
+def _pruning():
+    x, keys = _CLIP
+    for name in ("sta_score", "sta_prune"):
+        yield name, itertools.chain(_score_cases(), _backends(x, keys, 3, 1))
+    yield "bipartite_match", itertools.chain(_key_cases("class_token", "distill_token"), _backends(keys))
+    yield "first_frame_order", itertools.chain(_key_cases(), _backends(keys))
+    yield "gather_tokens", itertools.chain(_token_cases(), _backends(x, _INDEX))
+    rows = x[:, :5]
+    yield "scatter_tokens", itertools.chain(
+        (((b, _INDEX, 12), {}, "x") for b in itertools.chain(_not_floats((2, 5, 4)), _wrong_ranks((0, 1, 9)))),
+        (((rows, b, 12), {}, n) for b, n in _index_cases("index", _INDEX)),
+        (((rows[:, :size], _INDEX, 12), {}, "index") for size in range(5)),
+        (((rows, _INDEX, b), {}, "num_tokens") for b in (-1, 1.0, None, "12", True)),
+        (((rows, _INDEX + b, b), {}, "index") for b in range(8)),
+        _backends(rows, _INDEX, 12),
+    )
+    yield "nearest_kept", itertools.chain(
+        (((b, (3, 4)), {}, "keep") for b, _ in _index_cases("keep", _INDEX) if not _fits_a_grid(b)),
+        (((_INDEX[:, :0], (3, 4)), {}, "keep"), ((_INDEX[0, 0], (3, 4)), {}, "keep")),
+        (((_INDEX, b), {}, "grid") for b in (None, 12, "34", (12,), (3, 4, 1), (0, 4), (3, 0), (-3, -4), (3.0, 4))),
+        (((_INDEX, b), {}, "grid") for b in ((1024, 1024), (2**20, 1), (True, 4), ("3", 4), {3, 4}, {3: 4, 4: 3}, ())),
+        (((_INDEX + h * w, (h, w)), {}, "keep") for h in (1, 2, 3) for w in (1, 2, 3)),
+        _backends(_INDEX, (3, 4)),
+    )
+    yield "nearest_fill", itertools.chain(
+        (((b, _INDEX, (3, 4)), {}, "x") for b in itertools.chain(_not_floats((2, 5, 4)), _wrong_ranks((0, 1, 9)))),
+        (((rows, b, (3, 4)), {}, "keep") for b, _ in _index_cases("keep", _INDEX)),
+        (((rows[:, :size], _INDEX, (3, 4)), {}, "keep") for size in range(5)),
+        (((rows, _INDEX, b), {}, "grid") for b in (None, 12, "34", (12,), (3, 4, 1), (0, 4), (3, 0), (3.0, 4))),
+        _backends(rows, _INDEX, (3, 4)),
+    )
+    yield "token_merge", itertools.chain(_merge_cases(), _backends(x, keys, 1))
+    q, size = F(1, 2, 3, 4), F(1, 3, 1)
+    yield "proportional_attention", [
+        *(((b, q, q, size), {}, "q") for b in itertools.chain(_not_floats((1, 2, 3, 4)), _wrong_ranks((0, 1, 2, 3)))),
+        *(((q, b, q, size), {}, "k") for b in (*_not_floats((1, 2, 3, 4)), q.double(), q[0], q[:, :1], q[..., :2])),
+        *(((q, q, b, size), {}, "v") for b in (*_not_floats((1, 2, 3, 4)), q.double(), q[0], q[:, :1], q[:, :, :2])),
+        *(((q, q, q, b), {}, "size") for b in (None, 1, size.double(), size.int(), size[0], size[:, :2], F(1, 3, 2))),
+        *(((q, q, q, size), {"scale": b}, "scale") for b in _numbers() if b is not None),
+    ]
+
+
+def _fits_a_grid(value):
+    """`nearest_kept` takes any rank, and has no other tensor to be on the device of."""
+    is_index = isinstance(value, torch.Tensor) and value.dtype == torch.int64
+    return is_index and (value.is_meta or bool((value == 0).all()))
+
+
 def _cases():
+    yield from _pruning()
     slot_calls = list(_slot_cases())
     x, slots, params = F(2, 5, 3), F(2, 4, 3), vidops.SlotParams(q_weight=F(4, 3), k_weight=F(4, 3), v_weight=F(3, 3))
     yield "slot_attention", [

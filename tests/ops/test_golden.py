@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matrix import BACKENDS, DEVICE, EMULATED, INTERPRETED, ONLY, SHIM, device_for
 
-from vidops.validation import outcomes, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops
+from vidops.validation import outcomes, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops, sta_ops
 from vidops.validation.case import Case
 from vidops.validation.command import KINDS, MODEL_OPS, kind_of, main, runnable
 
@@ -28,7 +28,7 @@ def _cases():
 @pytest.mark.parametrize("path,backend", list(_cases()))
 def test_golden(path, backend, monkeypatch):
     if SHIM:  # where backend cuda takes CPU tensors
-        for module in (outcomes, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops):
+        for module in (outcomes, slot_attention, smtc_model, smtc_ops, ssl_uvos_model, ssl_uvos_ops, sta_ops):
             monkeypatch.setattr(module, "device_of", device_for)
     kinds = KINDS[path.parent.name]
     checks = kinds[kind_of(path.stem, kinds)].run(Case.load(path), backend)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vidops._registry import COMPOSITIONS
-from vidops.ops import _checks
+from vidops.ops import _checks, _tokens
 from vidops.ops.gather_tokens import gather_tokens
 from vidops.ops.nearest_kept import nearest_kept
 
@@ -44,8 +44,8 @@ def nearest_fill(
     [[10.0, 10.0, 20.0], [10.0, 20.0, 20.0]]
     """
     _checks.tensor("x", x, rank=(2, 8))
-    if isinstance(keep, torch.Tensor):
-        _checks.shape("keep", keep, tuple(x.shape[:-1]), "(leading axes of x, tokens of x)")
+    meaning = "(leading axes of x, tokens of x)"
+    _checks.shape("keep", _tokens.indices("keep", keep, x, x.shape[:-2], meaning), tuple(x.shape[:-1]), meaning)
     source = nearest_kept(keep, grid, backend=backend)
     return Filled(gather_tokens(x, source, backend=backend), source)
 

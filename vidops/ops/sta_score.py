@@ -66,8 +66,9 @@ def sta_score(
         BackendError: no backend, or not the one asked for, can run the call; or a gradient is needed (detach first).
 
     Equal scores go by index, equal similarities by position: a duplicate that comes first is kept first. A group
-    whose tokens are all equally active has activation 0, a key of zeros has cosine 0 with every other. NaN spreads as
-    in arithmetic, and sorts last: such tokens go first. Halves are read as they are and computed in float32.
+    whose tokens are all equally active has activation 0, a key of zeros has cosine 0 with every other. What is not
+    finite in a key or a token becomes NaN and spreads as in arithmetic: its group and those after it have no scores
+    then and keep their first tokens. Halves are read as they are and computed in float32.
 
     Backends: reference, cpu, triton, cuda.
 

@@ -67,7 +67,8 @@ def token_merge(
         _checks.tensor("size", size, rank=3)
         _checks.same("size", size, "x", x)
         _checks.shape("size", size, (batch, tokens, 1), "(batch of x, tokens of x, 1)")
-    if _tokens.flag("distill_token", distill_token) and not _tokens.flag("class_token", class_token):
+    _tokens.flag("class_token", class_token)
+    if _tokens.flag("distill_token", distill_token) and not class_token:
         raise ValueError("distill_token: expected a class token before it")
     r = min(r, (tokens - class_token - distill_token) // 2)
     found = bipartite_match(metric.detach(), class_token=class_token, distill_token=distill_token, backend=backend)
@@ -130,8 +131,11 @@ def proportional_attention(
     for name, value in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(name, value, rank=4)
         _checks.same(name, value, "q", q)
-        _checks.shape(name, value, (*q.shape[:2], *value.shape[2:]), "(batch, heads, tokens, channels)")
+        length = q.shape[2] if name == "q" else k.shape[2]
+        width = value.shape[3] if name == "v" else q.shape[3]
+        _checks.shape(name, value, (*q.shape[:2], length, width), "(batch, heads, tokens, channels)")
     _checks.tensor("size", size, rank=3)
     _checks.same("size", size, "q", q)
     _checks.shape("size", size, (k.shape[0], k.shape[2], 1), "(batch, keys, 1)")
+    scale = _checks.scale(scale, q.shape[3])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().mT.unsqueeze(1), scale=scale)
