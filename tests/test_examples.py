@@ -48,4 +48,13 @@ def test_object_adapter_motion(steps, least, most):
     assert least <= accuracy <= most
 
 
-TESTED = ("object_adapter_motion.py", "smtc_discovery.py", "ssl_uvos_synthetic.py")
+def test_sta_pruning():
+    text = run("sta_pruning.py")
+    first, last = numbers(r"loss ([\d.]+) -> ([\d.]+)", text)
+    assert last < 0.2 * first
+    found = re.findall(r"r +(\d+): +(\d+) of 128 tokens, .* accuracy ([\d.]+)", text)
+    assert [(int(r), int(left)) for r, left, _ in found] == [(0, 128), (2, 100), (4, 72), (6, 44), (8, 16)]
+    assert min(float(accuracy) for *_, accuracy in found) > 0.9
+
+
+TESTED = ("object_adapter_motion.py", "smtc_discovery.py", "ssl_uvos_synthetic.py", "sta_pruning.py")

@@ -10,6 +10,7 @@ namespace vidops::cpu {
 namespace {
 
 constexpr int64_t kRows = 64;      // rows of a task of gather
+constexpr int64_t kStreamed = int64_t{16} << 20;
 constexpr int64_t kColumns = 256;  // columns of a task of scatter, where there are fewer batch items than threads
 
 int64_t bytes_of(DType dtype) {
@@ -43,13 +44,18 @@ void check_all(const GatherTokensParams& p, bool scatter) {
 void gather(const GatherTokensParams& p, int threads) {
   const int64_t kept = p.index.shape[1], size = bytes_of(p.x.dtype), width = p.x.shape[2] * size;
   const int64_t blocks = ceil_div(kept, kRows);
+  const auto copy = kernels<float>().copy_row;
+  // What no cache will hold until it is used is written past them, without being read first.
+  const bool stream = p.x.shape[0] * kept * width > kStreamed && width % 64 == 0 &&
+                      reinterpret_cast<uintptr_t>(p.out.data) % 64 == 0;
   parallel_for(p.x.shape[0] * blocks, threads, [&](int64_t task, int) {
     const int64_t b = task / blocks, from = task % blocks * kRows, to = std::min(kept, from + kRows);
     const char* x = p.x.as<char>() + b * p.x.stride[0] * size;
     const int64_t* index = p.index.as<int64_t>() + b * p.index.stride[0];
     char* out = p.out.as<char>() + b * kept * width;
     for (int64_t k = from; k < to; ++k)
-      std::memcpy(out + k * width, x + index[k] * p.x.stride[1] * size, static_cast<size_t>(width));
+      copy(x + index[k] * p.x.stride[1] * size, out + k * width, width,
+           x + index[std::min(k + 1, to - 1)] * p.x.stride[1] * size, stream);
   });
 }
 

@@ -138,6 +138,9 @@ struct Kernels {
   double (*square_sum)(const T* x, int64_t n);
   void (*divided_copy)(T a, const T* x, T* y, int64_t n);  // y = x / a
   void (*wide_axpy)(const T* x, double* y, int64_t n);     // y += x
+  // y = x, n bytes, while `ahead`, what is copied next, is fetched. `stream`: past the caches, for results larger than
+  // these; x and y then start at whole vectors.
+  void (*copy_row)(const char* x, char* y, int64_t n, const char* ahead, bool stream);
   // The dot products of dot_rows rows a with dot_columns rows b, n elements each, row-major; the order of each sum
   // depends on n alone.
   int dot_rows, dot_columns;

@@ -339,6 +339,32 @@ void wide_axpy(const T* x, double* y, int64_t n) {
   for (; i < n; ++i) y[i] += double(x[i]);
 }
 
+void copy_row(const char* x, char* y, int64_t n, const char* ahead, bool stream) {
+  constexpr int64_t kLine = 64;
+  typedef VI Unaligned __attribute__((may_alias, aligned(1)));
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(ahead + i);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kLine; v += VIDOPS_VECTOR_BYTES) {
+      const VI moved = *reinterpret_cast<const Unaligned*>(x + i + v);
+#if VIDOPS_VECTOR_BYTES == 64
+      if (stream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(y + i + v), reinterpret_cast<__m512i>(moved));
+        continue;
+      }
+#elif VIDOPS_VECTOR_BYTES == 32
+      if (stream) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(y + i + v), reinterpret_cast<__m256i>(moved));
+        continue;
+      }
+#endif
+      *reinterpret_cast<Unaligned*>(y + i + v) = moved;
+    }
+  }
+  for (; i < n; ++i) y[i] = x[i];
+}
+
 // Of two vectors that hold sums with LEFT lanes each still to be added: the same with half as many, x before y.
 template <class T, int LEFT>
 VIDOPS_INLINE typename Lanes<T>::V fold(typename Lanes<T>::V x, typename Lanes<T>::V y) {
@@ -639,6 +665,7 @@ constexpr Kernels<T> make_table() {
           square_sum<T>,
           divided_copy<T>,
           wide_axpy<T>,
+          copy_row,
           kDotRows,
           kDotColumns,
           dots<T>,
