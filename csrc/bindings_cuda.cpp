@@ -14,6 +14,7 @@
 #include "vidops/slot_iterations_cuda.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
+#include "vidops/token_cuda.h"
 #include "vidops/video_attention.h"
 
 namespace vidops::bindings {
@@ -51,6 +52,9 @@ void bind_cuda(pybind11::module_& m) {
   m.def("assign_clusters_workspace_cuda", &assign_clusters_workspace_cuda);
   m.def("assign_rows_workspace_cuda", &assign_rows_workspace_cuda);
   m.def("attention_head_mean_workspace_cuda", &attention_head_mean_workspace_cuda);
+  m.def("bipartite_match_workspace_cuda", &bipartite_match_workspace_cuda);
+  m.def("scatter_tokens_workspace_cuda", &scatter_tokens_workspace_cuda);
+  m.def("sta_score_workspace_cuda", &sta_score_workspace_cuda);
   m.def("greedy_absorb_kl_workspace_cuda", &greedy_absorb_kl_workspace_cuda);
   m.def("greedy_absorb_workspace_cuda", &greedy_absorb_workspace_cuda);
   m.def("label_propagation_workspace_cuda",
@@ -155,6 +159,48 @@ void bind_cuda(pybind11::module_& m) {
     a.workspace = view(workspace);
     py::gil_scoped_release release;
     neighbour_mean_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+  });
+  m.def("bipartite_match_forward_cuda",
+        [](capsule metric, capsule order, capsule similarity, capsule partner, capsule workspace, bool class_token,
+           bool distill_token, int device, uintptr_t stream) {
+          BipartiteMatchCudaParams a;
+          a.metric = view(metric), a.order = view(order), a.similarity = view(similarity), a.partner = view(partner);
+          a.workspace = view(workspace);
+          a.class_token = class_token, a.distill_token = distill_token;
+          py::gil_scoped_release release;
+          bipartite_match_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("sta_score_forward_cuda",
+        [](capsule x, capsule metric, capsule keep, capsule activation, capsule acc, capsule score,
+           capsule first_order, capsule first_similarity, capsule workspace, bool reverse, bool first_frame_pruned,
+           int device, uintptr_t stream) {
+          StaScoreCudaParams a;
+          a.x = view(x), a.metric = view(metric), a.keep = view(keep), a.activation = view(activation);
+          a.acc = view(acc), a.score = view(score);
+          a.first_order = view(first_order), a.first_similarity = view(first_similarity);
+          a.workspace = view(workspace);
+          a.reverse = reverse, a.first_frame_pruned = first_frame_pruned;
+          py::gil_scoped_release release;
+          sta_score_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("gather_tokens_forward_cuda", [](capsule x, capsule index, capsule out, int device, uintptr_t stream) {
+    GatherTokensCudaParams a;
+    a.x = view(x), a.index = view(index), a.out = view(out);
+    py::gil_scoped_release release;
+    gather_tokens_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+  });
+  m.def("scatter_tokens_forward_cuda",
+        [](capsule x, capsule index, capsule out, capsule workspace, int device, uintptr_t stream) {
+          GatherTokensCudaParams a;
+          a.x = view(x), a.index = view(index), a.out = view(out), a.workspace = view(workspace);
+          py::gil_scoped_release release;
+          scatter_tokens_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("nearest_kept_forward_cuda", [](capsule keep, capsule source, int64_t width, int device, uintptr_t stream) {
+    NearestKeptCudaParams a;
+    a.keep = view(keep), a.source = view(source), a.width = width;
+    py::gil_scoped_release release;
+    nearest_kept_forward_cuda(a, device, reinterpret_cast<void*>(stream));
   });
   m.def("segment_mean_forward_cuda",
         [](capsule x, capsule label, capsule mean, capsule workspace, int device, uintptr_t stream) {

@@ -117,6 +117,7 @@ VIDOPS_DEVICE float error_function(float v) VIDOPS_BODY(return ::erff(v);, retur
 VIDOPS_DEVICE float log_natural(float v) VIDOPS_BODY(return ::logf(v);, return ::logf(v);)
 VIDOPS_DEVICE double exponential(double v) VIDOPS_BODY(return ::exp(v);, return ::exp(v);)
 VIDOPS_DEVICE float square_root(float v) VIDOPS_BODY(return ::sqrtf(v);, return ::sqrtf(v);)
+VIDOPS_DEVICE double square_root(double v) VIDOPS_BODY(return ::sqrt(v);, return ::sqrt(v);)
 // a * b + c, rounded once on every machine: the compiler is left no choice.
 VIDOPS_DEVICE float multiply_add(float a, float b, float c)
     VIDOPS_BODY(return __builtin_fmaf(a, b, c);, return __fmaf_rn(a, b, c);)

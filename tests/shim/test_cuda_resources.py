@@ -40,6 +40,7 @@ REGISTER_LIMIT = {
     "attention_pack_16bit": 40,
     "attention_pack_f32": 40,
     "attention_range": 40,
+    **{f"gather_tokens_{size}": 40 for size in (2, 4, 8, 16)},
     "greedy_absorb_kl_centre": 40,
     "greedy_absorb_kl_columns": 40,
     "greedy_absorb_kl_pack": 64,
@@ -49,6 +50,9 @@ REGISTER_LIMIT = {
     "label_propagation_merge_f32": 64,
     "label_propagation_merge_f64": 64,
     **{f"label_propagation_scan_{kind}": 128 for kind in ("f32", "f16", "bf16", "f64")},  # two blocks of 256 threads
+    "match_sort": 64,  # 512 threads
+    **{f"match_tokens_{kind}": 40 for kind in ("f32", "f16", "bf16")},
+    "nearest_kept": 40,
     "neighbour_mean_compact": 40,
     "neighbour_mean_copy": 40,
     "neighbour_mean_first": 64,
@@ -56,6 +60,7 @@ REGISTER_LIMIT = {
     "neighbour_mean_tiles": 170,  # three blocks of 128 threads
     "neighbour_mean_totals": 40,
     "neighbour_mean_words": 64,
+    **{f"scatter_tokens_{kind}": 40 for kind in ("lists", "f32", "f64", "f16", "bf16")},
     "segment_mean_members": 40,
     "segment_mean_rows": 40,
     **{f"slot_attend_{name}_{kind}": 168 for name in ("forward", "backward") for kind in ("f32", "f16", "bf16")},
@@ -64,6 +69,10 @@ REGISTER_LIMIT = {
     **{f"slot_iterations_16_{kind}": 168 for kind in ("f16", "bf16")},
     "slot_iterations_16_f32": 255,  # 256 threads
     **{f"slot_iterations_32_{kind}": 255 for kind in ("f32", "f16", "bf16")},
+    **{f"sta_look_{kind}": 64 for kind in ("f32", "f16", "bf16")},
+    **{f"sta_match_{kind}": 40 for kind in ("f32", "f16", "bf16")},
+    "sta_scan": 64,
+    "sta_spread": 64,  # four blocks of 256 threads per multiprocessor
     "symmetric_kl_adjacency_centre": 40,
     "symmetric_kl_adjacency_columns": 40,
     "symmetric_kl_adjacency_filter": 255,
@@ -75,6 +84,7 @@ REGISTER_LIMIT = {
     "symmetric_kl_pack": 64,
     "symmetric_kl_product": 255,
     "symmetric_kl_product_lean": 255,
+    **{f"unit_keys_{kind}": 48 for kind in ("f32", "f16", "bf16")},
     **{f"token_statistics_{kind}": 40 for kind in ("f32", "f16", "bf16")},
 }
 STATIC_SHARED_LIMIT = 0  # kernels take dynamic shared memory only

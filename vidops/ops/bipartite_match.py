@@ -85,7 +85,8 @@ def _triton_forward(*args: Any) -> Any:
 
 def _cuda_forward(metric: torch.Tensor, class_token: bool, distill_token: bool) -> tuple[torch.Tensor, ...]:
     results = _fake(metric, class_token, distill_token, "")
-    views = [_native.view(t) for t in (metric, *results)]
+    workspace = results[0].new_empty(_native.C.bipartite_match_workspace_cuda(*metric.shape))
+    views = [_native.view(t) for t in (metric, *results, workspace)]
     _native.C.bipartite_match_forward_cuda(*views, class_token, distill_token, *_native.stream(metric))
     return results
 
@@ -94,16 +95,17 @@ def _cuda_forward(metric: torch.Tensor, class_token: bool, distill_token: bool) 
 MAX_EVEN = 4096
 
 
-def refuses_many(tokens: int) -> str | None:
+def _large(tensors: Sequence[torch.Tensor]) -> str | None:
+    tokens = tensors[0].shape[-2] if tensors[0].dim() == 3 else 0  # a probe of the device has no tokens
     return None if tokens <= 2 * MAX_EVEN else f"at most {2 * MAX_EVEN} tokens are sorted in a block, got {tokens}"
 
 
 def _triton_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
-    return _backends.triton_refuses(tensors) or refuses_many(tensors[0].shape[1])
+    return _backends.triton_refuses(tensors) or _large(tensors)
 
 
 def _cuda_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
-    return _backends.cuda_refuses(tensors) or refuses_many(tensors[0].shape[1])
+    return _backends.cuda_refuses(tensors) or _large(tensors)
 
 
 OP = Op(

@@ -133,8 +133,8 @@ def _cuda_forward(
 ) -> tuple[torch.Tensor, ...]:
     results = _fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
     device, stream = _native.stream(x)
-    sizes = (*x.shape[:2], metric.shape[2], num_frames)
-    workspace = results[1].new_empty(_native.C.sta_score_workspace_cuda(*sizes))
+    sizes = x.shape[0], num_frames, x.shape[1] // num_frames, metric.shape[2]
+    workspace = results[0].new_empty(_native.C.sta_score_workspace_cuda(*sizes))
     views = [_native.view(t) for t in (x, metric, *results, workspace)]
     _native.C.sta_score_forward_cuda(*views, reverse, first_frame_pruned, device, stream)
     return results

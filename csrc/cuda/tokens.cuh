@@ -1,0 +1,138 @@
+// What bipartite_match and sta_score share: unit keys, best partners, and sorting by (value, index).
+#pragma once
+
+#include "split_products.cuh"
+
+namespace vidops::cuda {
+
+constexpr int kTokenThreads = 256;  // of kernels with a warp per token
+
+// Rows (items, tokens, width) of any strides but that of the last axis. A group is `tokens` rows of an item.
+struct TokenRows {
+  const void* data;
+  i64 item, row;  // strides
+  int width;
+  bool whole;  // four channels can be read at a time
+};
+
+VIDOPS_DEVICE double warp_sum(double v) {
+  VIDOPS_UNROLL
+  for (int mask = 16; mask; mask >>= 1) v += shuffle_xor(v, mask);
+  return v;
+}
+
+// The warp's sum of use(value) over a row, in double: what is decided by small differences must not be rounded early.
+template <class Storage, class Use>
+VIDOPS_DEVICE double row_sum(const typename Storage::Element* x, int width, bool whole, Use use) {
+  double part[2] = {};
+  if (whole) {
+    VIDOPS_UNROLL_BY(4)
+    for (int quad = lane_id(); quad < width / 4; quad += kWarp) {
+      const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
+      VIDOPS_UNROLL
+      for (int e = 0; e < 4; ++e) part[e & 1] += use(v.v[e]);
+    }
+  } else {
+    for (int c = lane_id(); c < width; c += kWarp) part[0] += use(Storage::value(x[c]));
+  }
+  return warp_sum(part[0] + part[1]);
+}
+
+// One warp: unit = x / |x|, zeros for zeros, NaN where an element is not finite. No square of a float over- or
+// underflows in double, and |x| is rounded once, so that equal rows stay equal and a row of one element is 1 or -1.
+template <class Storage>
+VIDOPS_DEVICE void unit_row(const typename Storage::Element* x, int width, bool whole, float* unit) {
+  const double norm = square_root(row_sum<Storage>(x, width, whole, [](float v) { return (double)v * (double)v; }));
+  const float rounded = (float)norm;
+  const bool usual = rounded > 1e-37f && rounded < 1e37f;
+  for (int c = lane_id(); c < width; c += kWarp) {
+    const float v = Storage::value(x[c]);
+    const float far = norm == 0 ? 0.0f : (float)((double)v / norm);
+    unit[c] = usual ? v / rounded : finite(v) && norm - norm == 0 ? far : bits_float(0x7fc00000u);
+  }
+}
+
+// Bits that sort as the numbers do, NaN last.
+VIDOPS_DEVICE u32 sorting_bits(float v) {
+  if (v != v) return 0xffffffffu;
+  const u32 bits = float_bits(v + 0.0f);  // the negative zero is no other number
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+VIDOPS_DEVICE u64 sorting_key(float v, int index) { return (u64)sorting_bits(v) << 32 | (u32)index; }
+
+// The whole block: ascending order of `count` keys, a power of two, in shared memory.
+VIDOPS_DEVICE void block_sort(u64* key, int count) {
+  for (int run = 2; run <= count; run *= 2)
+    for (int apart = run / 2; apart; apart /= 2) {
+      block_sync();
+      for (int i = thread_x(); i < count / 2; i += block_threads()) {
+        const int low = i / apart * 2 * apart + i % apart, high = low + apart;
+        const u64 a = key[low], b = key[high];
+        if ((a > b) == ((low & run) == 0)) key[low] = b, key[high] = a;
+      }
+    }
+  block_sync();
+}
+
+// NaN before every number, then the larger, then the smaller index: as torch.max chooses.
+VIDOPS_DEVICE bool chosen_before(float a, int at_a, float b, int at_b) {
+  if (a != a || b != b) return (a != a) && (b == b || at_a < at_b);
+  return a > b || (a == b && at_a < at_b);
+}
+
+struct MatchArgs {
+  TokenRows metric;
+  int blocks;         // of an item
+  int first_row;      // of the matched tokens within an item
+  int tokens, even;   // N and ceil(N/2)
+  bool class_token, distill_token;
+  const float* unit;  // (items, rows of an item, width)
+  i64 unit_item;
+  float* similarity;  // (items, even)
+  i64* partner;       // the same, null: not wanted
+};
+
+// One warp per even token. Equal tokens have the same sums wherever they are: each is one lane's, in channel order.
+template <class Storage>
+VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
+  using Element = typename Storage::Element;
+  const int width = a.metric.width, odd = a.tokens / 2;
+  const float* unit = a.unit + item * a.unit_item + (i64)a.first_row * width;
+  const float* mine = unit + (i64)2 * i * width;
+  float best = -VIDOPS_INFINITY;
+  int at = 0x7fffffff;
+  for (int j = lane_id(); j < odd; j += kWarp) {
+    const float* other = unit + (i64)(2 * j + 1) * width;
+    float dot = 0;
+    VIDOPS_UNROLL_BY(4)
+    for (int c = 0; c < width; ++c) dot = multiply_add(mine[c], other[c], dot);
+    if (a.distill_token && j == 0) dot = -VIDOPS_INFINITY;
+    if (chosen_before(dot, j, best, at)) best = dot, at = j;
+  }
+  VIDOPS_UNROLL
+  for (int mask = kWarp / 2; mask; mask >>= 1) {
+    const float other = shuffle_xor(best, mask);
+    const int other_at = shuffle_xor(at, mask);
+    if (chosen_before(other, other_at, best, at)) best = other, at = other_at;
+  }
+  if (odd == 0) at = -1;
+  if (finite(best)) {
+    // The maximum of rounded cosines picks the partner; what is sorted by is rounded once, so that tokens which have an
+    // equal one among the odd ones tie.
+    const Element* key = static_cast<const Element*>(a.metric.data) + item * a.metric.item;
+    const Element* x = key + (a.first_row + 2 * i) * a.metric.row;
+    const Element* y = key + (a.first_row + 2 * at + 1) * a.metric.row;
+    double xy = 0, xx = 0, yy = 0;
+    for (int c = lane_id(); c < width; c += kWarp) {
+      const double u = Storage::value(x[c]), v = Storage::value(y[c]);
+      xy += u * v, xx += u * u, yy += v * v;
+    }
+    xy = warp_sum(xy), xx = warp_sum(xx), yy = warp_sum(yy);
+    best = xx == 0 || yy == 0 ? 0.0f : (float)(xy / (square_root(xx) * square_root(yy)));
+  }
+  if (lane_id() != 0) return;
+  a.similarity[(i64)item * a.even + i] = a.class_token && i == 0 ? -VIDOPS_INFINITY : best;
+  if (a.partner) a.partner[(i64)item * a.even + i] = at;
+}
+
+}  // namespace vidops::cuda
