@@ -25,12 +25,16 @@ from vidops.kernels import (
     assign_clusters,
     assign_rows,
     attention_head_mean,
+    bipartite_match,
+    gather_tokens,
     greedy_absorb,
     greedy_absorb_kl,
     label_propagation,
+    nearest_kept,
     neighbour_mean,
     segment_mean,
     slot_attention,
+    sta_score,
     symmetric_kl,
     symmetric_kl_adjacency,
     video_attention,
@@ -155,6 +159,40 @@ def attend_slots(case: Slots, dtype: torch.dtype, backward: bool) -> None:
     slot_attention.attend_backward(grad_num, c, maps, maps, *shared, grad_keys, grad_values)
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """A published stage of token pruning (sheet sta, section 10), or the largest that is taken."""
+
+    items: int
+    groups: int
+    tokens: int
+    width: int
+    key_width: int
+    dropped: int
+    reverse: bool = False
+
+
+PRUNINGS = {
+    "vit_l_stage1": Pruning(32, 8, 196, 1024, 64, 64),
+    "vit_l_stage2": Pruning(32, 4, 264, 1024, 64, 64, True),
+    "vit_h_stage3": Pruning(16, 2, 400, 1280, 80, 64),
+    "swin_b_stage1": Pruning(8, 16, 784, 256, 32, 256),
+    "odd": Pruning(1, 3, 49, 100, 33, 7),
+    "most": Pruning(1, 3, 4096, 1024, 512, 1024),
+}
+
+
+def prune(case: Pruning, dtype: torch.dtype) -> None:
+    rows, kept = case.groups * case.tokens, case.tokens - case.dropped
+    x, metric = (empty(case.items, rows, d, dtype=dtype) for d in (case.width, case.key_width))
+    sta_score.forward(x, metric, case.groups, case.dropped, case.reverse, False)
+    bipartite_match.forward(metric, False, False)
+    index = empty(case.items * case.groups, kept, dtype=torch.int64)
+    tokens = x.view(case.items * case.groups, case.tokens, case.width)
+    gather_tokens.gather(tokens, index)
+    gather_tokens.scatter(tokens[:, :kept], index, case.tokens)
+
+
 # name -> a call whose launches are compiled. Head sizes: the paper's, a power of two, the largest.
 CASES: dict[str, Callable[[], Any]] = {}
 for _dtype in (F16, BF16, F32, F64):
@@ -171,6 +209,11 @@ for _dtype in (F16, BF16, F32, F64):
         for _backward in (False, True):
             _op = "slots_backward" if _backward else "slots"
             CASES[f"{_op}-{_name}-{_workload}"] = lambda c=_slots, d=_dtype, b=_backward: attend_slots(c, d, b)
+    for _stage, _pruning in PRUNINGS.items():
+        CASES[f"prune-{_name}-{_stage}"] = lambda c=_pruning, d=_dtype: prune(c, d)
+    CASES[f"scatter_sizes-{_name}"] = lambda d=_dtype: gather_tokens.scatter(
+        empty(32, 1568, 1, dtype=d), empty(32, 1568, dtype=torch.int64), 1470
+    )
 for _dtype in (F16, BF16, F32):
     _name = str(_dtype).removeprefix("torch.")
     CASES[f"propagation-{_name}"] = lambda d=_dtype: propagation(30, 53, 49, 7, d)
@@ -195,6 +238,8 @@ for _dtype in (F32, F64):
     CASES[f"assign_rows-{_name}"] = lambda d=_dtype: assign_rows.forward(
         *rows(d), empty(100, 8064, dtype=d), empty(100, 8064, dtype=d)
     )
+for _side in (28, 1000):
+    CASES[f"nearest-{_side}"] = lambda s=_side: nearest_kept.forward(empty(128, 528, dtype=torch.int64), s, s)
 CASES["filtered_adjacency-float32"] = lambda: symmetric_kl_adjacency.forward(*rows(F32), 1.0, True)
 
 
@@ -217,6 +262,12 @@ def single() -> None:
     assign_rows.forward(one, one, one, one)
     assign_clusters.forward(two, two, empty(0), one, one, 1.0)
     label_propagation.forward(one, two, two, 1, 1, 1, 1, 1.0, 1, 1)
+    bipartite_match.forward(two, True, True)
+    for reverse in (False, True):
+        sta_score.forward(two, two, 1, 0, reverse, True)
+    gather_tokens.gather(two, bits)
+    gather_tokens.scatter(two, bits, 1)
+    nearest_kept.forward(bits, 1, 1)
 
 
 CASES["single"] = single

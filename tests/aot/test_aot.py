@@ -33,6 +33,8 @@ FAST = [
     *(f"{op}-float32" for op in ("kl", "adjacency", "absorb_kl", "mean", "segment", "assign_rows")),
     *(f"{op}-{dtype}-{w}" for op in ("slots", "slots_backward") for dtype in ("bfloat16", "float32") for w in SLOTS),
     *(f"{case}-{dtype}" for case in ("propagation", "propagation_fine") for dtype in ("bfloat16", "float32")),
+    *(f"prune-{dtype}-{stage}" for dtype in ("float16", "float32") for stage in ("vit_l_stage1", "swin_b_stage1")),
+    *("prune-float64-odd", "prune-bfloat16-vit_h_stage3", "scatter_sizes-float32", "nearest-28", "nearest-1000"),
     "filtered_adjacency-float32",
     "absorb",
     "single",

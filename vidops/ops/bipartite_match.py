@@ -91,17 +91,12 @@ def _cuda_forward(metric: torch.Tensor, class_token: bool, distill_token: bool) 
     return results
 
 
-# What a block sorts in shared memory.
-MAX_EVEN = 4096
+MAX_EVEN = 4096  # what a block of the CUDA kernel sorts in shared memory
 
 
 def _large(tensors: Sequence[torch.Tensor]) -> str | None:
     tokens = tensors[0].shape[-2] if tensors[0].dim() == 3 else 0  # a probe of the device has no tokens
     return None if tokens <= 2 * MAX_EVEN else f"at most {2 * MAX_EVEN} tokens are sorted in a block, got {tokens}"
-
-
-def _triton_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
-    return _backends.triton_refuses(tensors) or _large(tensors)
 
 
 def _cuda_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
@@ -118,7 +113,7 @@ OP = Op(
     impls=(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
-        Impl("triton", _triton_forward, None, _triton_refuses),
+        Impl("triton", _triton_forward, None, _backends.triton_refuses),
         Impl("cuda", _cuda_forward, None, _cuda_refuses),
     ),
 )

@@ -12,7 +12,7 @@ from vidops._registry import Impl, Op, resolve
 from vidops.ops import _backends, _checks, _tokens
 from vidops.reference.sta_score import sta_score as reference
 
-MAX_TOKENS = 4096  # of a group: what a block sorts in shared memory
+MAX_TOKENS = 4096  # of a group: what a block of the CUDA kernel sorts in shared memory
 
 
 class StaScores(NamedTuple):
@@ -144,10 +144,6 @@ def _large(tensors: Sequence[torch.Tensor]) -> str | None:
     return f"a block sorts at most {MAX_TOKENS} tokens of a group" if tensors[0].dim() == 4 else None
 
 
-def _triton_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
-    return _backends.triton_refuses(tensors) or _large(tensors)
-
-
 def _cuda_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
     return _backends.cuda_refuses(tensors) or _large(tensors)
 
@@ -162,7 +158,7 @@ OP = Op(
     impls=(
         Impl("reference", reference, None, _backends.reference_refuses),
         Impl("cpu", _cpu_forward, None, _backends.cpu_refuses),
-        Impl("triton", _triton_forward, None, _triton_refuses),
+        Impl("triton", _triton_forward, None, _backends.triton_refuses),
         Impl("cuda", _cuda_forward, None, _cuda_refuses),
     ),
 )
