@@ -61,8 +61,10 @@ setup(
     # Every package by name: find_packages would ship kernels/ and models/ as top-level packages.
     packages=[
         "vidops",
+        "vidops.classify",
         "vidops.nn",
         "vidops.ops",
+        "vidops.patching",
         "vidops.reference",
         "vidops.segment",
         "vidops.train_slots",

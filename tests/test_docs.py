@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = [f"vidops.ops.{name}" for name in (*OPS, "hierarchical_cluster")]
 MODULES += [f"vidops.ops.{name}" for name in ("first_frame_order", "nearest_fill", "sta_prune", "token_merge")]
 MODULES += ["vidops.bits", "vidops._registry", "vidops._report", "vidops.features"]
-MODULES += ["vidops.nn.adaptive", "vidops.nn.slot_attention"]
+MODULES += ["vidops.nn.adaptive", "vidops.nn.slot_attention", "vidops.patching"]
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="examples use default backends")
 

@@ -1,6 +1,8 @@
 """Fused operations for video understanding. Importing this needs torch, and neither a GPU nor triton nor cupy."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from vidops import _checkout
 
@@ -40,7 +42,26 @@ from vidops.ops.video_attention import video_attention  # noqa: E402
 # Last: its modules call the ops by their public names.
 from vidops import nn  # noqa: E402  # isort: skip
 
+if TYPE_CHECKING:
+    from vidops.patching import PatchError as PatchError
+    from vidops.patching import PatchReport as PatchReport
+    from vidops.patching import patch as patch
+    from vidops.patching import register_attention as register_attention
+    from vidops.patching import unpatch as unpatch
+
 __version__ = "0.1.0"
+
+# Loaded when they are first used, and not in `__all__`, which would load them.
+_PATCHING = ("PatchError", "PatchReport", "patch", "register_attention", "unpatch")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _PATCHING:
+        from vidops import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BACKENDS",
