@@ -55,7 +55,7 @@ def _scatter_tokens_kernel(
 
 
 def _columns(width: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(width)))
+    return int(max(16, min(most, triton.next_power_of_2(width))))
 
 
 def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -244,5 +244,5 @@ def _rounds(batch: int, pairs: int, item_pairs: int) -> list[tuple[int, int, int
 def _scan_tile(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(tokens of the group, those of them ranked at a time, tokens referred to) for 16 warps: a block does all there
     is to do for a clip, and has to keep enough loads in flight alone."""
-    a = max(32, min(512, triton.next_power_of_2(tokens)))
+    a = int(max(32, min(512, triton.next_power_of_2(tokens))))
     return a, min(256, a), min(64, (4096 if dtype == torch.float64 else 8192) // a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import EMULATED, heads, maps, on_backends, skip_dtype
+from matrix import EMULATED, device_for, heads, maps, on_backends, skip_dtype
 from op_cases import slot_weights
 
 import vidops
@@ -65,6 +65,28 @@ class TestGradcheck:
         leaves = [t.clone().requires_grad_(True) for t in (x, slots, *vars(weights).values())]
         assert check(call, leaves)
 
+    @on_backends("gather_tokens", "scatter_tokens", gradient=True)
+    def test_gather_and_scatter(self, backend):
+        x, index = _tokens(backend, **DOUBLE)
+        assert check(lambda t: vidops.gather_tokens(t, index, backend=backend), x)
+        taken = x.detach()[:, : index.shape[1]].clone().requires_grad_(True)
+        assert check(lambda t: vidops.scatter_tokens(t, index, 9, backend=backend), taken)
+
+    @on_backends("gather_tokens", gradient=True)
+    def test_pruning_and_filling(self, backend):
+        skip_dtype(backend, torch.float64)
+        x, keys = heads(1, 10, 2, on=backend, **DOUBLE).requires_grad_(True), heads(1, 10, 3, on=backend, **DOUBLE)
+        assert check(lambda t: vidops.sta_prune(t, keys, 2, 2, backend=backend).x, x)
+        keep = torch.tensor([[3, 0, 7, 5, 1, 2, 8, 10, 9, 11]], device=x.device)
+        assert check(lambda t: vidops.nearest_fill(t, keep, (3, 5), backend=backend).dense, x)
+
+    @on_backends("scatter_tokens", gradient=True)
+    def test_token_merge(self, backend):
+        skip_dtype(backend, torch.float64)
+        x, keys = heads(1, 9, 2, on=backend, **DOUBLE).requires_grad_(True), heads(1, 9, 3, on=backend, **DOUBLE)
+        size = heads(1, 9, 1, seed=1, on=backend, **DOUBLE).exp().requires_grad_(True)
+        assert check(lambda t, n: vidops.token_merge(t, keys, 3, n, backend=backend)[:2], (x, size))
+
 
 def _attention(backend, **options):
     return lambda q, k, v: vidops.video_attention(q, k, v, need="map", backend=backend, **options)
@@ -82,6 +104,12 @@ def _slots(backend, **options):
     options = {"iters": 2, "heads": 2, "activation": "gelu", "return_dots": True, "return_attn": True, **options}
     outputs = vidops.slot_attention(*leaves, weights, backend=backend, **options)
     return outputs, [*leaves, *vars(weights).values()]
+
+
+def _tokens(backend, **options):
+    """A leaf of seven tokens, of which six are taken: one three times, one twice, some not at all."""
+    index = torch.tensor([[2, 0, 2, 6, 0, 2], [5, 5, 1, 5, 3, 1]], device=device_for(backend))
+    return heads(2, 7, 5, on=backend, **options).requires_grad_(True), index
 
 
 def _gradients(outputs, grads, leaves):
@@ -131,6 +159,13 @@ class TestIncomingGradients:
     @on_backends("slot_attention", gradient=True)
     def test_slot_attention(self, backend, how):
         self.compare(*_slots(backend), how)
+
+    @on_backends("gather_tokens", "scatter_tokens", gradient=True)
+    def test_gather_and_scatter(self, backend, how):
+        x, index = _tokens(backend)
+        self.compare([vidops.gather_tokens(x, index, backend=backend)], [x], how)
+        taken = x.detach()[:, :6].clone().requires_grad_(True)
+        self.compare([vidops.scatter_tokens(taken, index, 9, backend=backend)], [taken], how)
 
 
 class TestPartsOfTheGraph:
@@ -239,6 +274,26 @@ class TestRefused:
     def test_double_backward_of_slot_attention(self, backend):
         outputs, leaves = _slots(backend)
         self.twice(outputs, leaves[0])
+
+    @on_backends("gather_tokens", "scatter_tokens", gradient=True)
+    def test_double_backward_of_gather_and_scatter(self, backend):
+        x, index = _tokens(backend)
+        self.twice([vidops.gather_tokens(x, index, backend=backend)], x)
+        taken = x.detach()[:, :6].clone().requires_grad_(True)
+        self.twice([vidops.scatter_tokens(taken, index, 9, backend=backend)], taken)
+
+    @on_backends("sta_score", "bipartite_match")
+    def test_decisions_on_tokens_are_not_differentiable(self, backend):
+        x = heads(1, 8, 3, on=backend)
+        leaf = x.clone().requires_grad_(True)
+        for call in (
+            lambda: vidops.sta_score(leaf, x, 2, 1, backend=backend),
+            lambda: vidops.sta_score(x, leaf, 2, 1, backend=backend),
+            lambda: vidops.bipartite_match(leaf, backend=backend),
+            lambda: vidops.first_frame_order(leaf, backend=backend),
+        ):
+            with pytest.raises(vidops.BackendError, match="not differentiable"):
+                call()
 
     @on_backends("greedy_absorb_kl")
     def test_not_differentiable(self, backend):

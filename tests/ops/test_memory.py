@@ -206,6 +206,23 @@ class TestFar:
         labels = vidops.assign_rows(p, p[1:], backend=backend)
         assert torch.equal(vidops.assign_rows(far, p[1:], backend=backend), labels)
 
+    def test_offsets_of_tokens(self, backend):
+        x = maps(3, 9, on=backend)
+        far = _far_rows(backend, 3, 9, self.stride)
+        far.copy_(x)
+        x, far = x[None], far[None]
+        index = torch.tensor([[2, 0, 2]])
+        assert torch.equal(
+            vidops.gather_tokens(far, index, backend=backend), vidops.gather_tokens(x, index, backend=backend)
+        )
+        summed = vidops.scatter_tokens(x, index, 4, backend=backend)
+        assert torch.equal(vidops.scatter_tokens(far, index, 4, backend=backend), summed)
+        assert equal(vidops.bipartite_match(far, backend=backend), vidops.bipartite_match(x, backend=backend))
+        for frames in (1, 3):
+            want = vidops.sta_score(x, x, frames, 0, backend=backend)
+            assert equal(vidops.sta_score(far, x, frames, 0, backend=backend), want)
+            assert equal(vidops.sta_score(x, far, frames, 0, backend=backend), want)
+
     def test_offsets_of_attention(self, backend):
         q = maps(3, 8, on=backend)
         far = _far_rows(backend, 3, 8, self.stride)

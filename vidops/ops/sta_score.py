@@ -67,8 +67,9 @@ def sta_score(
 
     Equal scores go by index, equal similarities by position: a duplicate that comes first is kept first. A group
     whose tokens are all equally active has activation 0, a key of zeros has cosine 0 with every other. What is not
-    finite in a key or a token becomes NaN and spreads as in arithmetic: its group and those after it have no scores
-    then and keep their first tokens. Halves are read as they are and computed in float32.
+    finite becomes NaN and spreads as in arithmetic, and a group without scores keeps its first tokens: a key takes the
+    scores of its group and of those after it, a NaN in a token those of its group, an infinity in a token its own
+    score, which sorts last. Halves are read as they are and computed in float32.
 
     Backends: reference, cpu, triton, cuda.
 

@@ -1,7 +1,7 @@
 """VisionTransformer of timm, which sees one frame at a time: a batch is clips x frames for "sta".
 
-Matched by the class name VisionTransformer in a module's bases; then it must have the attributes of timm's (others share
-the name), and its blocks must be timm's plain Block with its Attention.
+Matched by the class name VisionTransformer in a module's bases; then it must have the attributes of timm's (others
+share the name), and its blocks must be timm's plain Block with its Attention.
 """
 
 from __future__ import annotations
