@@ -2,8 +2,8 @@
 
 ``python bench/patch_architectures.py [--rounds 3] [--only NAME]``: a table in Markdown. Weights are random, so it says
 nothing about accuracy: a patched model must give the unpatched bits at r = 0, and is timed at the r named against the
-unpatched one, interleaved, CPU time of one thread, best of the rounds. Models of images get a clip of 8 frames as their
-batch. A model that is refused shows why. Needs transformers, timm and torchvision.
+unpatched one, interleaved, CPU time of one thread, best of the rounds. Models of images get a clip of 8 frames as
+their batch. A model that is refused shows why. Needs transformers, timm and torchvision.
 """
 
 from __future__ import annotations

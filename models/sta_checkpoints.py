@@ -28,6 +28,11 @@ _INNER = {
 }
 _INNER_NAMES = {f"{a}.{kind}": f"{b}.{kind}" for a, b in _INNER.items() for kind in ("weight", "bias")}
 _INNER_NAMES |= {f"attn.{name}": f"attention.attention.{name}" for name in ("q_bias", "v_bias")}
+# What transformers calls the biases from version 5 on, in memory; its files keep the older names.
+_NEWER_BIASES = {
+    "attention.attention.query.bias": "attn.q_bias",
+    "attention.attention.value.bias": "attn.v_bias",
+}
 _BLOCK, _LAYER = "blocks.", "videomae.encoder.layer."
 _QKV = "attn.qkv.weight"
 _PROJECTIONS = tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value"))
@@ -63,7 +68,7 @@ def split_hf_state(state: Mapping[str, torch.Tensor]) -> tuple[State, State]:
     found: State = {}
     rest: State = {}
     outer = {theirs: ours for ours, theirs in _OUTER_NAMES.items()}
-    inner = {theirs: ours for ours, theirs in _INNER_NAMES.items()}
+    inner = {theirs: ours for ours, theirs in _INNER_NAMES.items()} | _NEWER_BIASES
     for name, value in state.items():
         block = _numbered(name, _LAYER)
         if name in outer:

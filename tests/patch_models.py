@@ -428,5 +428,5 @@ def swin(source: str, **changes: Any) -> Any:
     return model
 
 
-def swin_clips(size: tuple[int, int, int] = (8, 64, 64), seed: int = 0) -> torch.Tensor:
+def swin_clips(size: tuple[int, int, int] = (4, 64, 64), seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,6 @@
 """Fused operations for video understanding. Importing this needs torch, and neither a GPU nor triton nor cupy."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
@@ -43,6 +44,7 @@ from vidops.ops.video_attention import video_attention  # noqa: E402
 from vidops import nn  # noqa: E402  # isort: skip
 
 if TYPE_CHECKING:
+    from vidops import patching as patching
     from vidops.patching import PatchError as PatchError
     from vidops.patching import PatchReport as PatchReport
     from vidops.patching import patch as patch
@@ -56,10 +58,9 @@ _PATCHING = ("PatchError", "PatchReport", "patch", "register_attention", "unpatc
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _PATCHING:
-        from vidops import patching
-
-        return getattr(patching, name)
+    if name == "patching" or name in _PATCHING:
+        patching = _import_module("vidops.patching")
+        return patching if name == "patching" else getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

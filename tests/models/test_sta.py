@@ -618,3 +618,17 @@ def test_probabilities_are_averaged_over_views() -> None:
         classify_views(model, clips[:0])
     with pytest.raises(ValueError, match="batch"):
         classify_views(model, clips, batch=0)
+
+
+def test_biases_under_their_newer_names_are_taken():
+    """transformers 5 keeps them beside the weights in memory."""
+    torch.manual_seed(0)
+    state = VideoViT("tiny").state_dict()
+    theirs = to_hf_state(state)
+    newer = {
+        name.replace("attention.q_bias", "attention.query.bias").replace("attention.v_bias", "attention.value.bias"): t
+        for name, t in theirs.items()
+    }
+    assert newer.keys() != theirs.keys()
+    found = from_hf_state(newer)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)

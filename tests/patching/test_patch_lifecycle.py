@@ -39,7 +39,8 @@ def _kinds() -> dict[str, Kind]:
         make = lambda source=source: videomae(source)  # noqa: E731
         found[f"videomae {source}, sta"] = Kind(make, clips(), 3, {"backend": "reference"})
         tome = {"method": "tome", "backend": "reference"}
-        found[f"videomae {source}, tome"] = Kind(make, clips(), 5, tome)
+        if source != "stand-in before 5":
+            found[f"videomae {source}, tome"] = Kind(make, clips(), 5, tome)
         found[f"videomae {source}, proportional"] = Kind(make, clips(), 5, {"proportional": True, **tome})
     for source in patch_models.TIMM_SOURCES:
         make = lambda source=source: timm_vit(source)  # noqa: E731
@@ -47,7 +48,7 @@ def _kinds() -> dict[str, Kind]:
         found[f"vit {source}, tome"] = Kind(make, images(), 5, {"method": "tome", "backend": "reference"})
     for source in patch_models.SWIN_SOURCES:
         make = lambda source=source: swin(source)  # noqa: E731
-        options = {"clip_size": (8, 64, 64), "backend": "reference"}
+        options = {"clip_size": (4, 64, 64), "backend": "reference"}
         found[f"swin {source}"] = Kind(make, swin_clips(), 16, options)
     return found
 
@@ -72,6 +73,11 @@ def traces(model: nn.Module) -> list[Any]:
         (name, type(module), sorted(vars(module)), [id(hook) for hook in module._forward_hooks.values()])
         for name, module in model.named_modules()
     ]
+
+
+def shapes(model: nn.Module) -> list[Any]:
+    """The same for copies, whose hooks are others."""
+    return [(name, cls, attributes, len(hooks)) for name, cls, attributes, hooks in traces(model)]
 
 
 def test_on_and_off(kind: Kind) -> None:
@@ -176,7 +182,7 @@ def test_r_is_checked_whenever_it_is_set(kind: Kind) -> None:
 
 def test_copies_and_pickles_are_patched_models_of_their_own(kind: Kind) -> None:
     model = kind.make()
-    before, want = [t[:2] for t in traces(model)], run(model, kind.inputs)
+    before, want = shapes(model), run(model, kind.inputs)
     vidops.patch(model, r=kind.r, **kind.options)
     found = run(model, kind.inputs)
     stream = io.BytesIO()
@@ -190,7 +196,7 @@ def test_copies_and_pickles_are_patched_models_of_their_own(kind: Kind) -> None:
         assert model.r == kind.r
         assert torch.equal(run(twin, kind.inputs), want)
         vidops.unpatch(twin)
-        assert [t[:2] for t in traces(twin)] == before
+        assert shapes(twin) == before
         assert torch.equal(run(twin, kind.inputs), want)
     assert torch.equal(run(model, kind.inputs), found)
 
@@ -214,7 +220,7 @@ def test_threads_do_not_mix(kind: Kind) -> None:
     wrong: list[int] = []
 
     def work(number: int) -> None:
-        for _ in range(5):
+        for _ in range(3):
             if not torch.equal(run(model, inputs[number]), want[number]):
                 wrong.append(number)
 
@@ -467,7 +473,8 @@ def test_report_reads_well() -> None:
 def test_importing_vidops_loads_none_of_it() -> None:
     code = (
         "import sys, torch, vidops; names = {'transformers', 'timm', 'torchvision', 'vidops.models'};"
-        "assert not (names | {'vidops.patching'}) & set(sys.modules); vidops.patch; assert not names & set(sys.modules)"
+        "assert not (names | {'vidops.patching'}) & set(sys.modules); vidops.patching.report; vidops.patch;"
+        "assert not names & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def test_dropout_and_depth_run_in_training() -> None:
         patch_size=[2, 4, 4], embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 2, 4], window_size=[2, 4, 4],
         attention_dropout=0.5, dropout=0.2, num_classes=5,
     )  # fmt: skip
-    vidops.patch(model, r=8, clip_size=(8, 64, 64), backend="reference")
+    vidops.patch(model, r=8, clip_size=(4, 64, 64), backend="reference")
     clips = swin_clips().requires_grad_()
     assert not torch.equal(model(clips), model(clips))
     model(clips).sum().backward()
@@ -106,7 +106,7 @@ def test_dropout_and_depth_run_in_training() -> None:
 def test_gradients(source: str) -> None:
     model, twin = swin(source), swin(source)
     clips, other = swin_clips().requires_grad_(), swin_clips().requires_grad_()
-    vidops.patch(model, r=8, clip_size=(8, 64, 64), backend="reference")
+    vidops.patch(model, r=8, clip_size=(4, 64, 64), backend="reference")
     model(clips).square().sum().backward()
     by_hand(twin, other, (0, 8, 3, 1)).square().sum().backward()
     assert clips.grad is not None and other.grad is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,20 @@ def test_gradient_checkpointing(method: str) -> None:
         torch.testing.assert_close(plain, again)
 
 
+def test_reentrant_checkpointing() -> None:
+    """Loses what travels with a tensor: nothing for "sta", an error for "tome"."""
+    package("transformers")
+    model = videomae("transformers").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    vidops.patch(model, r=3, backend="reference")
+    video = clips().requires_grad_()
+    model(video).logits.sum().backward()
+    assert video.grad is not None and video.grad.abs().max() > 0
+    vidops.patch(model, r=3, method="tome", backend="reference")
+    with pytest.raises(RuntimeError, match="block 5: .*use_reentrant=False"):
+        model(video).logits.sum().backward()
+
+
 def test_lost_sizes_are_noticed(source: str) -> None:
     model = videomae(source)
     vidops.patch(model, r=3, method="tome", backend="reference")
@@ -286,6 +301,16 @@ def test_proportional_attention_has_no_dropout(source: str) -> None:
         model.train()(clips())
     vidops.patch(model, r=3, method="tome", backend="reference")
     model.train()(clips())
+
+
+def test_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    package("transformers")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "patching.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    with vidops.use_backend("reference"):
+        exec(block, {})
+    (shown,) = re.findall(r"print\(.*\n# (.*\n# .*)\n", block)
+    assert capsys.readouterr().out.strip() == shown.replace("\n# ", " ")
 
 
 @pytest.mark.parametrize("method", ["sta", "tome"])

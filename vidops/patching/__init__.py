@@ -38,7 +38,7 @@ FAMILIES = (VIDEOMAE, TIMM_VIT, VIDEO_SWIN, STA_MODEL)
 # Models that are asked for and cannot be patched, by class.
 _WHY_NOT = {
     "TimesformerModel": "its attention over time needs every place of the grid in every frame",
-    "VivitModel": "a class token stands before its frames, and its attention is not looked into yet",
+    "VivitModel": "its class token stands before all frames, and its layers are not known",
     "VJEPA2Model": "its rotary positions are counted from the places in the full sequence",
 }
 
