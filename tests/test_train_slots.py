@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from vidops.__main__ import main
+from vidops.segment import descriptors
 from vidops.segment.scoring import ReferenceMasks
 from vidops.train_slots import command, data, pictures, sprites, training
 from vidops.train_slots.model import FeatureTracker, place_waves
@@ -102,26 +103,75 @@ def test_backends_that_differ_are_noticed(monkeypatch, tmp_path, capsys):
     assert "differ by" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def feature_task() -> data.Task:
-    """A bright square on a dark ground, as tokens of eight channels."""
-    maps = torch.zeros(6, 8, 8, 12)
-    truth = np.zeros((6, 8, 12), np.int64)
-    for t in range(6):
-        maps[t, :4, 2:6, t : t + 4] = 1
-        truth[t, 2:6, t : t + 2], truth[t, 2:6, t + 2 : t + 4] = 1, 2
-    maps += 0.05 * torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
-    frames = np.zeros((6, 32, 48, 3), np.uint8)
-    video = Video("", frames, np.arange(6), np.arange(6) / 5, (32, 48), 5.0, 6, "raw", "raw")
-    masks = ReferenceMasks(truth, np.arange(6), ("left", "right"), np.ones(6, bool))
-    return data.feature_task(video, maps.flatten(2).mT, (8, 12), masks, batch=4, slots=3)
+def maps_of(strides: tuple[int, ...], frames: int = 9, channels: int = 8) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Feature maps of two squares that cross a still ground of 32 x 48, at each stride, and their masks."""
+    generator = torch.Generator().manual_seed(0)
+    still, coats = torch.randn(channels, 32, 48, generator=generator), torch.randn(2, channels, generator=generator)
+    clip, truth = still.repeat(frames, 1, 1, 1), np.zeros((frames, 32, 48), np.int64)
+    for t in range(frames):
+        for number, (row, column) in enumerate([(2, 4 * t), (20, 38 - 4 * t)]):
+            clip[t, :, row : row + 8, column : column + 8] = 3 * coats[number, :, None, None]
+            truth[t, row : row + 8, column : column + 8] = number + 1
+    clip += 0.02 * torch.randn(clip.shape, generator=generator)
+    return [torch.nn.functional.avg_pool2d(clip, stride) for stride in strides], truth
 
 
-def test_features_are_learned_too():
-    task = feature_task()
-    assert isinstance(task.model(), FeatureTracker) and task.test.shape == (1, 6, 96, 8)
-    result = training.train(task, steps=150, every=150)
-    assert result.losses[-1] < 0.2 * result.losses[0]
-    assert result.labels.shape == (1, 6, 8, 12) and -1 <= result.points[-1].fg_ari <= 1
+def two_squares(truth: np.ndarray) -> tuple[Video, ReferenceMasks]:
+    count = len(truth)
+    frames = np.zeros((count, 32, 48, 3), np.uint8)
+    video = Video("", frames, np.arange(count), np.arange(count) / 5, (32, 48), 5.0, count, "raw", "raw")
+    return video, ReferenceMasks(truth, np.arange(count), ("upper", "lower"), np.ones(count, bool))
+
+
+def descriptor_task(**options) -> data.Task:
+    """Two moving squares, as descriptors of 8 x 12 places."""
+    maps, truth = maps_of((2, 4, 8))
+    apart = descriptors.DescriptorSettings(moving_place=data.MOVING_PLACE)
+    found = descriptors.build(maps, (8, 12), ratio=1, settings=apart)
+    assert found.change is not None
+    video, masks = two_squares(truth)
+    return data.feature_task(video, found.q[:, 0, :, :-1], (8, 12), masks, slots=4, **options)
+
+
+def test_training_finds_what_moves_among_descriptors():
+    task = descriptor_task()
+    assert isinstance(task.model(), FeatureTracker) and task.test.shape == (1, 9, 96, 13)
+    torch.testing.assert_close(task.test.mean((1, 2)), torch.zeros(1, 13), rtol=0, atol=1e-5)
+    torch.testing.assert_close(task.test.std(), torch.tensor(1.0))
+    result = training.train(task, steps=300)
+    first, *_, last = result.points
+    assert result.labels.shape == (1, 9, 8, 12)
+    assert last.loss < 0.6 * first.loss and first.fg_ari < 0.2 and last.fg_ari > 0.5
+
+
+def test_windows_are_of_consecutive_frames():
+    task = descriptor_task(batch=50, frames=3)
+    windows, clip = task.batch(torch.Generator().manual_seed(0)), task.test[0]
+    assert windows.shape == (50, 3, 96, 13)
+    starts = [int((clip - window[0]).flatten(1).norm(dim=1).argmin()) for window in windows]
+    assert set(starts) == set(range(7))
+    for start, window in zip(starts, windows, strict=True):
+        assert torch.equal(window, clip[start : start + 3])
+
+
+def test_the_clip_is_seen_as_descriptors(monkeypatch):
+    asked = []
+
+    def extract(net, frames, size, layers):
+        asked.append((size, layers))
+        return maps_of((1, 2, 4))[0]
+
+    video, masks = two_squares(maps_of((1,))[1])
+    monkeypatch.setattr(data.assets, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(data, "read_video", lambda path, max_frames: video)
+    monkeypatch.setattr(data.features.MobileNetV2, "from_file", lambda path: None)
+    monkeypatch.setattr(data.features, "extract", extract)
+    monkeypatch.setattr(data.scoring, "read_masks", lambda path: masks)
+    task = data.clip_task()
+    assert asked == [((240, 432), descriptors.LAYERS)]
+    assert task.test.shape == (1, 9, 30 * 54, 13) and task.target(task.test).shape == (1, 9, 13, 30, 54)
+    # The constant channel of the queries would tell nothing.
+    assert task.test.std((0, 1, 2)).min() > 0.01
 
 
 def test_files(tmp_path, capsys):

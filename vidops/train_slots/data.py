@@ -1,4 +1,4 @@
-"""What there is to learn from: sprites without end, or the features of one real clip."""
+"""What there is to learn from: sprites without end, or the descriptors of one real clip."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def sprite_task(*, batch: int = 16) -> Task:
     )
 
 
-def clip_task(*, batch: int = 4) -> Task:
+def clip_task() -> Task:
     """`CLIP_FRAMES` frames of the two-people clip as the descriptors that `vidops segment` clusters, from frozen
     ImageNet weights; what moves is told apart by its place more than there."""
     video = read_video(str(assets.fetch(DEMO)), max_frames=CLIP_FRAMES)
@@ -75,7 +75,7 @@ def clip_task(*, batch: int = 4) -> Task:
         maps, grid, ratio=CLIP_FRAMES, settings=descriptors.DescriptorSettings(moving_place=MOVING_PLACE)
     )
     tokens = found.q[:, 0, :, :-1]  # its last channel is the constant that a kernel of distances needs
-    return feature_task(video, tokens, grid, scoring.read_masks(DEMO_MASKS), batch=batch)
+    return feature_task(video, tokens, grid, scoring.read_masks(DEMO_MASKS))
 
 
 def feature_task(
@@ -84,17 +84,22 @@ def feature_task(
     grid: tuple[int, int],
     masks: scoring.ReferenceMasks,
     *,
-    batch: int = 4,
+    batch: int = 2,
+    frames: int = 4,
     slots: int = 8,
 ) -> Task:
-    """Windows of a clip's tokens (T, rows * columns, channels), which are also what is rebuilt."""
+    """Windows of `frames` frames of a clip's tokens (T, rows * columns, channels), which are also what is rebuilt.
+
+    The windows are longer than those of sprites: slots are scored over the whole clip, and drift where they were
+    trained on two frames.
+    """
     dim, channels = 48, tokens.shape[2]
     clip = tokens - tokens.mean((0, 1))
     clip = clip / clip.std().clamp_min(1e-6)
 
     def windows(generator: torch.Generator) -> torch.Tensor:
-        first = torch.randint(len(clip) - TRAIN_FRAMES + 1, (batch,), generator=generator)
-        return torch.stack([clip[t : t + TRAIN_FRAMES] for t in first.tolist()])
+        first = torch.randint(len(clip) - frames + 1, (batch,), generator=generator)
+        return torch.stack([clip[t : t + frames] for t in first.tolist()])
 
     return Task(
         name="clip",

@@ -15,9 +15,12 @@ from vidops.train_slots.training import Point
 Frames = npt.NDArray[np.uint8]
 # A colour per slot, far apart in hue and lightness.
 COLOURS = np.array(
-    [[40, 44, 52], [230, 80, 60], [70, 150, 240], [90, 200, 110], [245, 190, 60], [180, 110, 220], [90, 210, 220]],
+    [
+        [40, 44, 52], [230, 80, 60], [70, 150, 240], [90, 200, 110], [245, 190, 60], [180, 110, 220], [90, 210, 220],
+        [250, 250, 250],
+    ],
     np.uint8,
-)
+)  # fmt: skip
 SCALE_TO = 128  # pixels of a panel's shorter side
 WIDTH, HEIGHT, MARGIN = 640, 320, 44
 

@@ -1,4 +1,4 @@
-"""The training loop: reconstruction, Adam with warm-up and a cosine, FG-ARI on clips that were not trained on."""
+"""The training loop: reconstruction, Adam with warm-up and a cosine, FG-ARI as it goes."""
 
 from __future__ import annotations
 
