@@ -34,7 +34,8 @@ def installed(sdist, tmp_path_factory):
     """The package installed from a wheel that was built from the unpacked sdist."""
     work = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
-        archive.extractall(work, filter="data")
+        # Python before 3.11.4 has no filters.
+        archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = (p for p in work.iterdir() if p.is_dir())
     _run(
         sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", work, source,
