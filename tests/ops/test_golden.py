@@ -19,8 +19,9 @@ def _cases():
         kinds = KINDS[path.parent.name]
         ready = runnable(kinds[kind_of(path.stem, kinds)].ops)
         for backend in (b for b in BACKENDS if b in ready):
-            # Emulating 288 x 288 distances several times over takes many minutes.
-            slow = EMULATED and path.stat().st_size > 150_000 and "cluster" in path.stem
+            # Emulating 288 x 288 distances several times over takes many minutes, frames of 196 tokens take some.
+            large = path.stat().st_size > 150_000 and ("cluster" in path.stem or path.parent.name == "sta")
+            slow = EMULATED and large
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(path, backend, id=f"{path.parent.name}-{path.stem}-{backend}", marks=marks)
 
