@@ -142,6 +142,12 @@ def cases(through: torch.dtype) -> dict[str, Case]:
             results += vidops.sta_score(x, metric, 3, 11, reverse, first_frame_pruned=pruned, backend=backend)
         return results
 
+    def sta_prune(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
+        x, metric = tokens(15, D, device, dtype).requires_grad_(True), tokens(16, K, device, dtype)
+        kept, _, scores = vidops.sta_prune(x, metric, 3, 11, backend=backend)
+        (kept * _normal(*kept.shape, seed=17).to(kept)).sum().backward()
+        return [kept.detach(), x.grad, *scores]
+
     def bipartite_match(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
         return list(vidops.bipartite_match(tokens(10, K, device, dtype), backend=backend))
 
@@ -164,7 +170,7 @@ def cases(through: torch.dtype) -> dict[str, Case]:
     every = (
         attention_head_mean, video_attention, symmetric_kl, symmetric_kl_adjacency, neighbour_mean, greedy_absorb,
         greedy_absorb_kl, segment_mean, assign_clusters, assign_rows, slot_attention, label_propagation,
-        sta_score, bipartite_match, gather_tokens, scatter_tokens, nearest_kept,
+        sta_score, sta_prune, bipartite_match, gather_tokens, scatter_tokens, nearest_kept,
     )  # fmt: skip
     return {case.__name__: case for case in every}
 
@@ -172,7 +178,7 @@ def cases(through: torch.dtype) -> dict[str, Case]:
 # Ops on queries, keys and features take halves as they are; maps are widened before a kernel sees them.
 HALF_OPS = (
     "attention_head_mean", "video_attention", "assign_clusters", "slot_attention", "label_propagation", "sta_score",
-    "bipartite_match", "gather_tokens", "scatter_tokens",
+    "sta_prune", "bipartite_match", "gather_tokens", "scatter_tokens",
 )  # fmt: skip
 # On CUDA the others have no float64.
 DOUBLE_OPS = ("label_propagation", "gather_tokens", "scatter_tokens", "nearest_kept")

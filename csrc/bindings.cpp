@@ -39,6 +39,13 @@ void slot_attend_inputs(vidops::SlotAttendParams& a, capsule keys, capsule value
   a.groups = groups, a.joint = joint, a.eps = eps;
 }
 
+void sta_score_views(vidops::StaScoreParams& a, capsule x, capsule metric, capsule keep, capsule activation,
+                     capsule acc, capsule score, capsule first_order, capsule first_similarity) {
+  a.x = view(x), a.metric = view(metric), a.keep = view(keep), a.activation = view(activation);
+  a.acc = view(acc), a.score = view(score);
+  a.first_order = view(first_order), a.first_similarity = view(first_similarity);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -153,9 +160,18 @@ PYBIND11_MODULE(_C, m) {
         [](capsule x, capsule metric, capsule keep, capsule activation, capsule acc, capsule score,
            capsule first_order, capsule first_similarity, bool reverse, bool first_frame_pruned, int threads) {
           vidops::StaScoreParams a;
-          a.x = view(x), a.metric = view(metric), a.keep = view(keep), a.activation = view(activation);
-          a.acc = view(acc), a.score = view(score);
-          a.first_order = view(first_order), a.first_similarity = view(first_similarity);
+          sta_score_views(a, x, metric, keep, activation, acc, score, first_order, first_similarity);
+          a.reverse = reverse, a.first_frame_pruned = first_frame_pruned;
+          py::gil_scoped_release release;
+          vidops::sta_score_forward_cpu(a, threads);
+        });
+  m.def("sta_prune_forward_cpu",
+        [](capsule source, capsule kept, capsule x, capsule metric, capsule keep, capsule activation, capsule acc,
+           capsule score, capsule first_order, capsule first_similarity, bool reverse, bool first_frame_pruned,
+           int threads) {
+          vidops::StaScoreParams a;
+          a.source = view(source), a.kept = view(kept);
+          sta_score_views(a, x, metric, keep, activation, acc, score, first_order, first_similarity);
           a.reverse = reverse, a.first_frame_pruned = first_frame_pruned;
           py::gil_scoped_release release;
           vidops::sta_score_forward_cpu(a, threads);

@@ -63,7 +63,7 @@ def _tuple(result: Any) -> Tensors:
 
 # The torch ops, and once more those whose kernels read and write half precision: alignment and strides decide how a
 # compiled kernel moves them, which is nothing to the interpreter.
-READS_HALVES = ("assign_clusters", "bipartite_match", "label_propagation", "sta_score")
+READS_HALVES = ("assign_clusters", "bipartite_match", "label_propagation", "sta_prune", "sta_score")
 HALVES = () if INTERPRETED else ("bfloat16", "float16")
 NAMES = [
     *sorted(OPS),
@@ -121,6 +121,8 @@ def case(name: str, backend: str) -> OpCase:
         "assign_rows": ((p, p.log(), x, x.log()), ()),
         "label_propagation": ((frame, torch.stack(context), soft), (rows_of, across, 2.5, 4, 0.2, 1, 1)),
         "sta_score": ((tokens, keys), (3, 4, True, False)),
+        "sta_prune": ((tokens, keys), (3, 4, True, False)),
+        "sta_prune_backward": ((taken[:, :15].contiguous(), index[:, :15].reshape(2, 3, 5) % 13), (13,)),
         "bipartite_match": ((keys,), (True, False)),
         "gather_tokens": ((tokens, index), ()),
         "gather_tokens_backward": ((taken, index), (39,)),

@@ -48,7 +48,7 @@ def test_random_weights_are_said(video, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["weights"] == command.RANDOM and report["load_report"] is None
     assert report["tokens"] == {"start": 128, "after_calls": [104, 92, 86]}
-    assert report["backends"] == {"sta_score": "cpu", "gather_tokens": "cpu"}
+    assert report["backends"] == {"sta_prune": "cpu"}
     assert len(report["frames"]) == 16 and report["seconds_whole"] > 0 and report["seconds_pruned"] > 0
     with Image.open(tmp_path / "out" / "tokens.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 8 * 32

@@ -13,7 +13,7 @@ from vidops._registry import OPS
 
 ROOT = Path(__file__).parents[1]
 MODULES = [f"vidops.ops.{name}" for name in (*OPS, "hierarchical_cluster")]
-MODULES += [f"vidops.ops.{name}" for name in ("first_frame_order", "nearest_fill", "sta_prune", "token_merge")]
+MODULES += [f"vidops.ops.{name}" for name in ("first_frame_order", "nearest_fill", "token_merge")]
 MODULES += ["vidops.bits", "vidops._registry", "vidops._report", "vidops.features"]
 MODULES += ["vidops.nn.adaptive", "vidops.nn.slot_attention", "vidops.patching"]
 

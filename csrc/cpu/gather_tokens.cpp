@@ -3,21 +3,13 @@
 
 #include <cstring>
 
-#include "common.h"
-#include "kernels.h"
+#include "row_copy.h"
 
 namespace vidops::cpu {
 namespace {
 
-constexpr int64_t kRows = 64;      // rows of a task of gather
-constexpr int64_t kStreamed = int64_t{16} << 20;
+constexpr int64_t kRows = 64;  // rows of a task of gather
 constexpr int64_t kColumns = 256;  // columns of a task of scatter, where there are fewer batch items than threads
-
-int64_t bytes_of(DType dtype) {
-  if (dtype == DType::f16 || dtype == DType::bf16) return 2;
-  require(dtype == DType::f32 || dtype == DType::f64, "x: expected a floating dtype");
-  return dtype == DType::f32 ? 4 : 8;
-}
 
 // Before anything is written. The values of a row follow one another, rows have a pitch.
 void check_index(const TensorView& index, int64_t bound) {
@@ -42,20 +34,11 @@ void check_all(const GatherTokensParams& p, bool scatter) {
 }
 
 void gather(const GatherTokensParams& p, int threads) {
-  const int64_t kept = p.index.shape[1], size = bytes_of(p.x.dtype), width = p.x.shape[2] * size;
-  const int64_t blocks = ceil_div(kept, kRows);
-  const auto copy = kernels<float>().copy_row;
-  // What no cache will hold until it is used is written past them, without being read first.
-  const bool stream = p.x.shape[0] * kept * width > kStreamed && width % 64 == 0 &&
-                      reinterpret_cast<uintptr_t>(p.out.data) % 64 == 0;
+  const int64_t kept = p.index.shape[1], blocks = ceil_div(kept, kRows);
+  const RowCopy copy(p.x, p.out);
   parallel_for(p.x.shape[0] * blocks, threads, [&](int64_t task, int) {
-    const int64_t b = task / blocks, from = task % blocks * kRows, to = std::min(kept, from + kRows);
-    const char* x = p.x.as<char>() + b * p.x.stride[0] * size;
-    const int64_t* index = p.index.as<int64_t>() + b * p.index.stride[0];
-    char* out = p.out.as<char>() + b * kept * width;
-    for (int64_t k = from; k < to; ++k)
-      copy(x + index[k] * p.x.stride[1] * size, out + k * width, width,
-           x + index[std::min(k + 1, to - 1)] * p.x.stride[1] * size, stream);
+    const int64_t b = task / blocks, from = task % blocks * kRows;
+    copy.run(b, 0, p.index.as<int64_t>() + b * p.index.stride[0] + from, std::min(kRows, kept - from), from);
   });
 }
 

@@ -135,7 +135,7 @@ struct Kernels {
   void (*axpy)(T a, const T* x, T* y, int64_t n);         // y += a x
   T (*dot)(const T* x, const T* y, int64_t n);
   double (*magnitude_sum)(const T* x, int64_t n);  // sum |x|
-  double (*square_sum)(const T* x, int64_t n);
+  double (*wide_dot)(const T* x, const T* y, int64_t n);
   void (*divided_copy)(T a, const T* x, T* y, int64_t n);  // y = x / a
   void (*wide_axpy)(const T* x, double* y, int64_t n);     // y += x
   // y = x, n bytes, while `ahead`, what is copied next, is fetched. `stream`: past the caches, for results larger than

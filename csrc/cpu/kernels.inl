@@ -290,16 +290,15 @@ VIDOPS_INLINE VD wide(const double* x) { return load(x); }
 constexpr int kWide = VIDOPS_VECTOR_BYTES / 8;
 
 template <class T>
-double square_sum(const T* x, int64_t n) {
+double wide_dot(const T* x, const T* y, int64_t n) {
   VD s[2] = {};
   int64_t i = 0;
   for (; i + 2 * kWide <= n; i += 2 * kWide) {
-    const VD a = wide(x + i), b = wide(x + i + kWide);
-    s[0] += a * a;
-    s[1] += b * b;
+    s[0] += wide(x + i) * wide(y + i);
+    s[1] += wide(x + i + kWide) * wide(y + i + kWide);
   }
   double sum = lane_sum<double>(s[0] + s[1]);
-  for (; i < n; ++i) sum += double(x[i]) * double(x[i]);
+  for (; i < n; ++i) sum += double(x[i]) * double(y[i]);
   return sum;
 }
 
@@ -339,7 +338,7 @@ void wide_axpy(const T* x, double* y, int64_t n) {
   for (; i < n; ++i) y[i] += double(x[i]);
 }
 
-void copy_row(const char* x, char* y, int64_t n, const char* ahead, bool stream) {
+void copy_row(const char* x, char* y, int64_t n, const char* ahead, [[maybe_unused]] bool stream) {
   constexpr int64_t kLine = 64;
   typedef VI Unaligned __attribute__((may_alias, aligned(1)));
   int64_t i = 0;
@@ -662,7 +661,7 @@ constexpr Kernels<T> make_table() {
           axpy<T>,
           dot<T>,
           magnitude_sum<T>,
-          square_sum<T>,
+          wide_dot<T>,
           divided_copy<T>,
           wide_axpy<T>,
           copy_row,

@@ -7,6 +7,9 @@
 // the channels in order, so equal tokens get equal scores wherever they are.
 #include "vidops/sta_score.h"
 
+#include <optional>
+
+#include "row_copy.h"
 #include "tokens.h"
 
 namespace vidops::cpu {
@@ -17,8 +20,9 @@ constexpr int64_t kMaxRuns = 64;
 template <class T>
 class Clip {
  public:
-  Clip(const StaScoreParams& params, int64_t frames)
+  Clip(const StaScoreParams& params, int64_t frames, const RowCopy* copy)
       : p_(params),
+        copy_(copy),
         kn_(kernels<T>()),
         frames_(frames),
         tokens_(params.x.shape[1] / frames),
@@ -37,11 +41,17 @@ class Clip {
     weight_.resize(static_cast<size_t>(tokens_));
   }
 
+  // One thread takes the groups one by one, so that a group is gathered while the cache still holds it.
   void run(int64_t b, int threads) {
-    parallel_for(frames_, threads, [&](int64_t t, int) { look(b, t); });
+    const bool alone = threads == 1;
     const int64_t step = p_.reverse ? -1 : 1, start = p_.reverse ? frames_ - 1 : 0;
-    first(b, start);
-    for (int64_t t = start + step; t >= 0 && t < frames_; t += step) next(b, t - step, t, threads);
+    if (!alone) parallel_for(frames_, threads, [&](int64_t t, int) { look(b, t); });
+    for (int64_t t = start; t >= 0 && t < frames_; t += step) {
+      if (alone) look(b, t);
+      t == start ? first(b, t) : next(b, t - step, t, threads);
+      if (alone) gather(b, t);
+    }
+    if (!alone) parallel_for(frames_, threads, [&](int64_t t, int) { gather(b, t); });
   }
 
  private:
@@ -49,6 +59,9 @@ class Clip {
   int64_t* keep(int64_t b, int64_t t) const { return p_.keep.as<int64_t>() + (b * frames_ + t) * kept_; }
   const T* key(int64_t b, int64_t t) const {
     return p_.metric.as<T>() + b * p_.metric.stride[0] + t * tokens_ * p_.metric.stride[1];
+  }
+  void gather(int64_t b, int64_t t) const {
+    if (copy_) copy_->run(b, t * tokens_, keep(b, t), kept_, t * kept_);
   }
   const T* unit(int64_t t, int64_t n) const { return unit_.get() + (t * tokens_ + n) * width_; }
 
@@ -148,6 +161,7 @@ class Clip {
   }
 
   const StaScoreParams& p_;
+  const RowCopy* copy_;
   const Kernels<T>& kn_;
   int64_t frames_, tokens_, kept_, width_, columns_, panels_ /* of a run */, referred_ = 0;
   Matcher<T> matcher_;
@@ -162,10 +176,12 @@ class Clip {
 template <class T>
 void sta_score(const StaScoreParams& params, int threads) {
   const int64_t batch = params.x.shape[0], frames = params.keep.shape[1];
+  std::optional<RowCopy> copy;
+  if (params.kept.present()) copy.emplace(params.source, params.kept);
   // Threads share out the clips, or the work of one clip where there are fewer.
   const bool within = batch < threads;
   parallel_for(batch, within ? 1 : threads, [&](int64_t b, int) {
-    Clip<T> clip(params, frames);
+    Clip<T> clip(params, frames, copy ? &*copy : nullptr);
     clip.run(b, within ? threads : 1);
   });
 }
@@ -199,6 +215,15 @@ void sta_score_forward_cpu(const StaScoreParams& params, int threads) {
   check_shape(params.first_similarity, {batch, (tokens + 1) / 2}, "first_similarity");
   require(params.keep.contiguous() && params.first_order.contiguous() && params.first_similarity.contiguous(),
           "results: must be contiguous");
+  if (params.kept.present()) {
+    const DType kind = params.source.dtype;
+    float_bytes(kind);
+    check(params.source, 3, kind, "source");
+    check_shape(params.source, {batch, total, params.x.shape[2]}, "source");
+    check(params.kept, 3, kind, "kept");
+    check_shape(params.kept, {batch, frames * params.keep.shape[2], params.x.shape[2]}, "kept");
+    require(params.kept.contiguous(), "kept: must be contiguous");
+  }
   dispatch_float(dtype, [&](auto type) { sta_score<decltype(type)>(params, threads); });
 }
 

@@ -51,7 +51,7 @@ template <class T>
 bool unit_row(const Kernels<T>& kn, const T* x, int64_t width, T* y) {
   // Within these the norm is a normal number of T, and no square over- or underflows in double.
   constexpr double kLeast = sizeof(T) == 4 ? 1e-37 : 1e-150, kMost = sizeof(T) == 4 ? 1e37 : 1e150;
-  const double norm = std::sqrt(kn.square_sum(x, width));
+  const double norm = std::sqrt(kn.wide_dot(x, x, width));
   if (norm > kLeast && norm < kMost) {
     kn.divided_copy(T(norm), x, y, width);
     return true;
@@ -77,8 +77,11 @@ bool unit_row(const Kernels<T>& kn, const T* x, int64_t width, T* y) {
 
 // The cosine of two keys, rounded once.
 template <class T>
-T cosine(const T* x, const T* y, int64_t width) {
-  double xx = 0, yy = 0, xy = 0;
+T cosine(const Kernels<T>& kn, const T* x, const T* y, int64_t width) {
+  double xx = kn.wide_dot(x, x, width), yy = kn.wide_dot(y, y, width), xy = kn.wide_dot(x, y, width);
+  constexpr double kLeast = 1e-280, kMost = 1e280;  // between these no square was lost to under- or overflow
+  if (std::min(xx, yy) > kLeast && std::max(xx, yy) < kMost) return T(xy / (std::sqrt(xx) * std::sqrt(yy)));
+  xx = yy = xy = 0;
   double x_largest = 0, y_largest = 0;
   for (int64_t c = 0; c < width; ++c) {
     x_largest = std::max(x_largest, std::abs(double(x[c])));
@@ -133,7 +136,7 @@ class Matcher {
           at = std::find(row + first, row + odd_, kn_.row_max(row + first, odd_ - first)) - row;
           // The maximum of rounded cosines picks the partner; what is sorted by is rounded once, so that tokens which
           // have an equal one among the odd ones tie.
-          best = cosine(key + 2 * i * pitch, key + (2 * at + 1) * pitch, width_);
+          best = cosine(kn_, key + 2 * i * pitch, key + (2 * at + 1) * pitch, width_);
         }
         similarity[i] = class_token && i == 0 ? none : best;
         if (partner) partner[i] = at;

@@ -533,7 +533,24 @@ def test_sizes_weigh_the_attention():
 
 
 @pytest.mark.skipif(EMULATED, reason="plain PyTorch")
-def test_explain_names_both_ops():
-    x, keys = inputs((3, 8, 6, 5, 2), torch.float32, "reference")
-    found = vidops.explain("sta_prune", x, keys, 3, 2, backend="reference")
-    assert [part.op for part in found.parts] == ["sta_score", "gather_tokens"]
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+def test_pruning_is_scoring_and_gathering(backend):
+    """One kernel on CPU, whatever the layout and dtype of the tokens, on any number of threads; see `contract`."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, keys = inputs((3, 8, 6, 5, 2), dtype, backend)
+        for tokens in (x, x.flip(1), torch.cat([x, x], -1)[..., 3 : 3 + x.shape[-1]]):
+            found = vidops.sta_prune(tokens, keys, 3, 2, backend=backend)
+            alone = vidops.sta_score(tokens, keys, 3, 2, backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(found.scores, alone, strict=True))
+            kept = vidops.gather_tokens(tokens.unflatten(1, (3, -1)), found.keep, backend=backend)
+            assert torch.equal(found.x, kept.flatten(1, 2))
+
+
+@pytest.mark.skipif(EMULATED, reason="autograd does not depend on how kernels run")
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+def test_decisions_have_no_gradient(backend):
+    x, keys = (t.requires_grad_(True) for t in inputs((3, 8, 6, 5, 2), torch.float32, backend))
+    found = vidops.sta_prune(x, keys, 3, 2, backend=backend)
+    assert found.x.requires_grad and not any(t.requires_grad for t in found.scores)
+    found.x.sum().backward()
+    assert keys.grad is None and x.grad.sum() == found.x.numel()

@@ -168,9 +168,9 @@ def _classify(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
             rate = min(max(1 / max(step, 1e-3), 1.0), 60.0)
             encoder = write_video(out.file("tokens.mp4"), np.concatenate([pixels, overlaid], 2), rate)
             pictures.write_sheet(out.file("tokens.png"), pixels, overlaid, title)
-        score = vidops.explain(
-            "sta_prune", trace.tokens, trace.tokens, config.grid[0] // 4, 0, backend=args.backend
-        )
+        # The largest groups that a call may have.
+        probe = trace.tokens.new_empty(1, config.tokens, 1)
+        pruning = vidops.explain("sta_prune", probe, probe, config.grid[0] // 4, 1, backend=args.backend)
         source = {"codec": video.codec, "size": list(video.source_size), "damage": list(video.damage)}
         report = {
             "vidops": vidops.__version__,
@@ -186,7 +186,7 @@ def _classify(args: argparse.Namespace, stages: Stages) -> dict[str, Any]:
             "seconds_pruned": round(statistics.median(spent[args.r]), 4),
             "top_whole": _top(whole_logits, names),
             "top_pruned": _top(trace.logits, names),
-            "backends": {part.op: part.backend for part in score.parts},
+            "backends": {pruning.op: pruning.backend},
             "device": str(device),
             "threads": torch.get_num_threads(),
             "seconds": {name: round(seconds, 3) for name, seconds in stages.seconds.items()},

@@ -79,10 +79,13 @@ def sta_score(
     [[[1, 3], [3, 2]]]
     """
     check(x, metric, num_frames, r, reverse, first_frame_pruned)
-    # Backends refuse by what they are shown: groups only where one is too large for some.
-    large = x.shape[1] > MAX_TOKENS * num_frames
-    name = resolve(OP, backend, x.unflatten(1, (num_frames, -1)) if large else x, metric)
+    name = resolve(OP, backend, shown(x, num_frames), metric)
     return StaScores(*OP.call(x, metric, num_frames, r, reverse, first_frame_pruned, name))
+
+
+def shown(x: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """What backends refuse by: groups only where one is too large for some."""
+    return x.unflatten(1, (num_frames, -1)) if x.shape[1] > MAX_TOKENS * num_frames else x
 
 
 def check(x: Any, metric: Any, num_frames: Any, r: Any, reverse: Any, first_frame_pruned: Any) -> None:
@@ -100,7 +103,7 @@ def check(x: Any, metric: Any, num_frames: Any, r: Any, reverse: Any, first_fram
     _tokens.flag("first_frame_pruned", first_frame_pruned)
 
 
-def _fake(
+def fake(
     x: Any, metric: Any, num_frames: Any, r: Any, reverse: bool, first_frame_pruned: bool, backend: str
 ) -> Any:
     batch, tokens = x.shape[0], x.shape[1] // num_frames
@@ -117,7 +120,7 @@ def _fake(
 def _cpu_forward(
     x: torch.Tensor, metric: torch.Tensor, num_frames: int, r: int, reverse: bool, first_frame_pruned: bool
 ) -> tuple[torch.Tensor, ...]:
-    results = _fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
+    results = fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
     views = [_native.view(t) for t in (*_backends.upcast(x, metric), *results)]
     _native.C.sta_score_forward_cpu(*views, reverse, first_frame_pruned, _native.threads())
     return results
@@ -132,7 +135,7 @@ def _triton_forward(*args: Any) -> Any:
 def _cuda_forward(
     x: torch.Tensor, metric: torch.Tensor, num_frames: int, r: int, reverse: bool, first_frame_pruned: bool
 ) -> tuple[torch.Tensor, ...]:
-    results = _fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
+    results = fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
     device, stream = _native.stream(x)
     sizes = x.shape[0], num_frames, x.shape[1] // num_frames, metric.shape[2]
     workspace = results[0].new_empty(_native.C.sta_score_workspace_cuda(*sizes))
@@ -153,7 +156,7 @@ OP = Op(
     "sta_score",
     schema="(Tensor x, Tensor metric, SymInt num_frames, SymInt r, bool reverse, bool first_frame_pruned, str backend)"
     " -> (Tensor keep, Tensor activation, Tensor acc, Tensor score, Tensor first_order, Tensor first_similarity)",
-    fake=_fake,
+    fake=fake,
     # Not float32 under autocast: the kernels read halves, and compute in float32.
     autocast_fp32=False,
     impls=(

@@ -58,7 +58,7 @@ CLUSTER_OPS = (
 )
 MODEL_OPS = (*CLUSTER_OPS, "video_attention")
 SLOT_OPS = ("slot_attention",)
-PRUNE_OPS = ("gather_tokens", "sta_score")
+PRUNE_OPS = ("sta_prune", "sta_score")
 STA_MODEL_OPS = (*PRUNE_OPS, "video_attention")
 ADAPTER_OPS = ("slot_attention", "video_attention")
 
