@@ -23,13 +23,18 @@ lint: $(VENV)/ready
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # How Triton runs and what stands for the CUDA half is settled at import, hence three processes. Each fails when a
-# backend that it is there for did not run.
-QUICK := -q -m "not slow and not network"
+# backend that it is there for did not run. The native one takes as long as the other two, which run beside it.
+PYTEST := $(BIN)/pytest -q -m "not slow and not network"
 test: install lint
-	VIDOPS_TEST_REQUIRE=reference,cpu $(BIN)/pytest $(QUICK) tests
-	TRITON_INTERPRET=1 VIDOPS_TEST_REQUIRE=triton $(BIN)/pytest $(QUICK) tests/ops tests/test_triton_dropout.py \
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=line test-native test-emulated
+
+.PHONY: test-native test-emulated
+test-native:
+	VIDOPS_TEST_REQUIRE=reference,cpu $(PYTEST) tests
+test-emulated:
+	VIDOPS_CUDA_SHIM=1 VIDOPS_TEST_REQUIRE=cuda $(PYTEST) tests/ops
+	TRITON_INTERPRET=1 VIDOPS_TEST_REQUIRE=triton $(PYTEST) tests/ops tests/test_triton_dropout.py \
 		tests/test_slot_attend_triton.py tests/test_memory.py
-	VIDOPS_CUDA_SHIM=1 VIDOPS_TEST_REQUIRE=cuda $(BIN)/pytest $(QUICK) tests/ops
 
 # For a machine with a card: needs no network and installs nothing, so PYTHON must have what CONTRIBUTING.md lists.
 gpu-check:

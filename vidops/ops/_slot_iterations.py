@@ -75,9 +75,7 @@ def forward(attend: Attend, *args: Any, absorbed: bool | None = None) -> tuple[t
         last = step == options.iters - 1
         if last or options.grad_mode == "full":
             entering.append(slots)
-        taken = run.step(slots, with_dots=last and options.with_dots, with_attn=last and options.with_attn)
-        slots, dots, attn = run.leaving(taken), taken.dots, taken.attn
-        del taken  # else the next iteration's results would come on top of these
+        slots, dots, attn = run.advance(slots, last and options.with_dots, last and options.with_attn)
     none = slots.new_empty(0)
     if dots is not None and options.heads == 1:
         dots = dots.squeeze(1)
@@ -109,7 +107,7 @@ def backward(
     for index in reversed(range(len(states))):
         last = index == len(states) - 1
         maps = (dots_of_last, attn_of_last) if last else (None, None)
-        grad = run.step_backward(run.step(states[index], with_attn=options.mask_grad), grad, *maps)
+        grad = run.step_backward(run.step(states[index]), grad, *maps)
     if options.grad_mode == "fixed_point":
         grad = torch.zeros_like(grad)
     weights = run.finish()
@@ -161,7 +159,7 @@ class _Mlp(NamedTuple):
 
 @dataclass
 class _Step:
-    """One iteration, as far as its backward needs it: the result of an MLP is left to `_Run.leaving`."""
+    """One iteration, as far as its backward needs it."""
 
     slots: torch.Tensor
     norm: _Norm
@@ -176,8 +174,7 @@ class _Step:
     gates: _Gates | None
     moved: torch.Tensor  # (B, S, D): the slots after the update
     mlp: _Mlp | None
-    dots: torch.Tensor | None
-    attn: torch.Tensor | None
+    attn: torch.Tensor | None  # where the token mask wants a gradient
 
 
 class _Run:
@@ -247,37 +244,58 @@ class _Run:
         """(B, H, S, ...) to (H, B * S, ...)."""
         return t.transpose(0, 1).flatten(1, 2)
 
-    def step(self, slots: torch.Tensor, *, with_dots: bool = False, with_attn: bool = False) -> _Step:
-        p, options = self.params, self.call.options
+    def advance(
+        self, slots: torch.Tensor, with_dots: bool, with_attn: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The slots that leave an iteration, and its maps. What is used up is dropped at once: with few tokens the
+        slots' rows are most of the peak."""
+        p = self.params
+        num, den, dots, attn = self.attend.forward(*self._pass(*self._queries(slots)[-2:]), with_dots, with_attn)
+        heads_out = self._gathered(num, den)[-1]
+        del num, den
+        moved = self._moved(heads_out, slots)[-1]
+        del heads_out
+        if p.mlp_weight2 is not None:
+            activated = self._activated(self._mlp(moved).hidden)
+            moved = self._linear(activated, p.mlp_weight2, p.mlp_bias2).add_(moved)
+        return moved, dots, attn
+
+    def step(self, slots: torch.Tensor) -> _Step:
+        """`advance` up to the hidden layer of the MLP, with all that its backward needs."""
+        with_attn = self.call.options.mask_grad
+        norm, q, token_q, c = self._queries(slots)
+        num, den, _, attn = self.attend.forward(*self._pass(token_q, c), False, with_attn)
+        mean_row, weight, total, heads_out = self._gathered(num, den)
+        update, gates, moved = self._moved(heads_out, slots)
+        mlp = None if self.params.mlp_weight1 is None else self._mlp(moved)
+        return _Step(slots, norm, q, token_q, c, mean_row, weight, total, heads_out, update, gates, moved, mlp, attn)
+
+    def _queries(self, slots: torch.Tensor) -> tuple[_Norm, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalised slots, queries, and these with their constants as the backend takes them."""
+        p = self.params
         norm = self._norm(slots, p.norm_slots_weight, p.norm_slots_bias)
-        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias)) * options.scale
+        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias)) * self.call.options.scale
         token_q = self._to_batch(self.attend.product(q, self.key) if self.absorbed else q)
         c = q.new_zeros(q.shape[:2]) if self.key_bias is None else (q @ self.key_bias[..., None]).squeeze(-1)
-        c = self._to_batch(c)
-        num, den, dots, attn = self.attend.forward(*self._pass(token_q, c), with_dots, with_attn)
+        return norm, q, token_q, self._to_batch(c)
 
+    def _gathered(self, num: torch.Tensor, den: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From what the backend sums up: mean_row, weight, total and heads_out of a `_Step`."""
         weight = self._from_batch(den)
-        total = weight + options.denominator
+        total = weight + self.call.options.denominator
         mean_row, weight = self._from_batch(num) / total[..., None], weight / total
         heads_out = self.attend.product(mean_row, self.value.mT) if self.absorbed else mean_row
         if self.value_bias is not None:
             heads_out = heads_out + weight[..., None] * self.value_bias[:, None]
-        heads_out = self._from_heads(heads_out)
-        update = heads_out if p.merge_weight is None else self._linear(heads_out, p.merge_weight, p.merge_bias)
-        gates, moved = None, slots + update if p.gru_weight_ih is None else slots
-        if p.gru_weight_ih is not None:
-            gates, moved = self._gru(update, slots)
-        mlp = None if p.mlp_weight1 is None else self._mlp(moved)
-        return _Step(
-            slots, norm, q, token_q, c, mean_row, weight, total, heads_out, update, gates, moved, mlp, dots, attn
-        )
+        return mean_row, weight, total, self._from_heads(heads_out)
 
-    def leaving(self, taken: _Step) -> torch.Tensor:
-        """The slots that leave an iteration."""
+    def _moved(self, heads_out: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, _Gates | None, torch.Tensor]:
+        """The update, the gates of a GRU, and the slots after the update."""
         p = self.params
-        if taken.mlp is None or p.mlp_weight2 is None:
-            return taken.moved
-        return self._linear(self._activated(taken.mlp.hidden), p.mlp_weight2, p.mlp_bias2).add_(taken.moved)
+        update = heads_out if p.merge_weight is None else self._linear(heads_out, p.merge_weight, p.merge_bias)
+        if p.gru_weight_ih is None:
+            return update, None, slots + update
+        return update, *self._gru(update, slots)
 
     def _pass(self, token_q: torch.Tensor, c: torch.Tensor) -> tuple[Any, ...]:
         """The arguments that a backend's forward and backward share."""
@@ -319,23 +337,28 @@ class _Run:
         """Gradient of the slots entering the iteration, from that of the slots leaving it."""
         # What is used up is dropped at once: with few tokens these rows are most of the peak.
         p, options = self.params, self.call.options
-        mlp, gates = taken.mlp, taken.gates
-        del taken.mlp, taken.gates, taken.moved
-        if mlp is not None:
-            grad = self._mlp_backward(mlp, grad)
-        del mlp
+        gates = taken.gates
+        if p.merge_weight is None:
+            del taken.heads_out
+        if gates is None:
+            del taken.update
+        del taken.gates, taken.moved
+        if taken.mlp is not None:
+            grad = self._mlp_backward(taken, grad)
         if gates is None:
             grad_update = grad_entering = grad
         else:
             grad_update, grad_entering = self._gru_backward(gates, taken.update, taken.slots, grad)
-        del gates, grad, taken.update
+            del taken.update
+        del gates, grad
         if p.merge_weight is not None:
             grad_update = self._linear_backward(
                 grad_update, taken.heads_out, p.merge_weight, "merge_weight", "merge_bias"
             )
+            del taken.heads_out
 
         grad_heads = self._to_heads(grad_update)
-        del grad_update, taken.heads_out
+        del grad_update
         grad_weight = grad_heads.new_zeros(taken.weight.shape)
         if self.value_bias is not None:
             grad_weight = (grad_heads @ self.value_bias[..., None]).squeeze(-1)
@@ -372,7 +395,7 @@ class _Run:
             self._from_heads(grad_q * options.scale), taken.norm.out, p.q_weight, "q_weight", "q_bias"
         )
         del grad_q
-        return grad_entering + self._norm_backward(grad_normed, taken.norm, "norm_slots")
+        return self._norm_backward(grad_normed, taken.norm, "norm_slots").add_(grad_entering)
 
     def _mask_gradient(self, taken: _Step, grad_num: torch.Tensor, grad_den: torch.Tensor) -> torch.Tensor:
         """dm_gj = sum over slots i of group g, and heads, of (a_ij + eps) (grad_num_i . V_j + grad_den_i)."""
@@ -443,18 +466,23 @@ class _Run:
         through = self._linear_backward(from_slots, slots, p.gru_weight_hh, "gru_weight_hh", "gru_bias_hh")
         return grad_update, through + grad * keep
 
-    def _mlp_backward(self, mlp: _Mlp, grad: torch.Tensor) -> torch.Tensor:
+    def _mlp_backward(self, taken: _Step, grad: torch.Tensor) -> torch.Tensor:
+        """Takes the MLP off `taken`."""
         p = self.params
-        assert p.mlp_weight1 is not None and p.mlp_weight2 is not None
-        activated = self._activated(mlp.hidden)
+        assert taken.mlp is not None and p.mlp_weight1 is not None and p.mlp_weight2 is not None
+        norm, hidden = taken.mlp
+        taken.mlp = None
+        activated = self._activated(hidden)
         grad_hidden = self._linear_backward(grad, activated, p.mlp_weight2, "mlp_weight2", "mlp_bias2")
         del activated
         if self.call.options.activation == "relu":
-            grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, mlp.hidden, 0)
+            grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, hidden, 0)
         else:
-            grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, mlp.hidden)
-        grad_normed = self._linear_backward(grad_hidden, mlp.norm.out, p.mlp_weight1, "mlp_weight1", "mlp_bias1")
-        return grad + self._norm_backward(grad_normed, mlp.norm, "norm_mlp")
+            grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden)
+        del hidden
+        grad_normed = self._linear_backward(grad_hidden, norm.out, p.mlp_weight1, "mlp_weight1", "mlp_bias1")
+        del grad_hidden
+        return self._norm_backward(grad_normed, norm, "norm_mlp").add_(grad)
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Gradients of all weights: those of the folded projections are taken apart."""
