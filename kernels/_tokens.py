@@ -93,24 +93,24 @@ def unit_rows(
 
 
 @triton.jit
-def key_cosine(
-    left, right, stride, ok, d, A: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr
+def unit_cosine(
+    left, right, ok, WIDTH: tl.constexpr, A: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
-    """Cosines of A pairs of rows whose squares float64 can hold, 0 for a row of zeros: exactly 1 for equal rows."""
+    """Cosines of A pairs of float64 rows that `unit_rows` wrote: the same sum for equal pairs, which a product of
+    matrices need not have."""
     cross = tl.zeros([A, STEP], tl.float64)
     left_square = tl.zeros([A, STEP], tl.float64)
     right_square = tl.zeros([A, STEP], tl.float64)
-    for start in range(0, d, STEP):
+    for start in range(0, WIDTH, STEP):
         channel = start + tl.arange(0, STEP)
-        inside = ok[:, None] & (channel < d)[None, :]
-        at = channel.to(tl.int64)[None, :] * stride
-        a = tl.load(left[:, None] + at, mask=inside, other=0.0).to(ACC).to(tl.float64)
-        b = tl.load(right[:, None] + at, mask=inside, other=0.0).to(ACC).to(tl.float64)
+        inside = ok[:, None] & (channel < WIDTH)[None, :]
+        a = tl.load(left[:, None] + channel[None, :], mask=inside, other=0.0)
+        b = tl.load(right[:, None] + channel[None, :], mask=inside, other=0.0)
         cross += a * b
         left_square += a * a
         right_square += b * b
     size = tl.sqrt(tl.sum(left_square, 1) * tl.sum(right_square, 1))
-    return (tl.sum(cross, 1) / tl.where(size == 0.0, 1.0, size)).to(ACC)
+    return tl.sum(cross, 1) / tl.where(size == 0.0, 1.0, size)
 
 
 @triton.jit

@@ -9,10 +9,10 @@ from vidops.kernels._common import bound, cdiv, launch
 from vidops.kernels._tokens import (
     ascending_ranks,
     cosines,
-    key_cosine,
     order_key,
     product_constants,
     row_tile,
+    unit_cosine,
     unit_rows,
     unit_width,
     value_of,
@@ -31,42 +31,38 @@ def _bipartite_match_unit_kernel(
 
 @triton.jit
 def _bipartite_match_best_kernel(
-    metric, unit, similarity, partner, m_item, m_row, m_col, u_item, even, odd, d, tiles, class_token, distill_token,
+    unit, similarity, partner, even, odd, tiles, class_token, distill_token,
     A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The largest cosine of A even tokens with the odd ones, and the first of those that attain it.
 
-    The cosine with it is then taken again, in float64 and rounded once, so that all tokens that have an equal one are
-    equally similar, and go by position.
+    Cosines are float64 and rounded once, so that all tokens that have an equal one are equally similar, and go by
+    position; where they stay float64, that with the winner is taken again.
     """
-    KEY: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
-    NONE: tl.constexpr = -(2**63) if ACC == tl.float64 else -(2**31)
+    KEY: tl.constexpr = tl.int64 if OUT == tl.float64 else tl.int32
+    NONE: tl.constexpr = -(2**63) if OUT == tl.float64 else -(2**31)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     i = tl.program_id(0) % tiles * A + tl.arange(0, A)
-    base = unit + item * u_item
+    base = unit + item * (even + odd) * WIDTH
     best = tl.full([A], NONE, KEY)
     winner = tl.full([A], -1, tl.int32)
     for start in range(0, odd, B):
         j = start + tl.arange(0, B)
         product = cosines(
             base, 2 * i, i < even, base, 2 * j + 1, j < odd, WIDTH, A, B, STEP, ACC, SPLIT
-        )  # fmt: skip
+        ).to(OUT)  # fmt: skip
         product = tl.where((distill_token != 0) & (j == 0)[None, :], float("-inf"), product)
         key = tl.where((j < odd)[None, :], order_key(product), NONE)
         top = tl.max(key, 1)
         first = tl.min(tl.where(key == top[:, None], j[None, :], 2147483647), 1)
         winner = tl.where(top > best, first, winner)
         best = tl.maximum(top, best)
-    ok = (i < even) & (winner >= 0)
-    even_row, odd_row = (2 * i).to(tl.int64), (2 * tl.maximum(winner, 0) + 1).to(tl.int64)
-    if ACC == tl.float64:
-        cosine = key_cosine(base + even_row * WIDTH, base + odd_row * WIDTH, 1, ok, WIDTH, A, STEP, ACC)
-    else:
-        keys = metric + item * m_item
-        cosine = key_cosine(keys + even_row * m_row, keys + odd_row * m_row, m_col, ok, d, A, STEP, ACC)
     value = value_of(best)
-    value = tl.where(value == float("-inf"), value, cosine)
+    if OUT == tl.float64:
+        rows = base + (2 * i).to(tl.int64) * WIDTH, base + (2 * tl.maximum(winner, 0) + 1).to(tl.int64) * WIDTH
+        cosine = unit_cosine(rows[0], rows[1], (i < even) & (winner >= 0), WIDTH, A, STEP)
+        value = tl.where(value == float("-inf"), value, cosine)
     value = tl.where((winner < 0) | ((class_token != 0) & (i == 0)), float("-inf"), value)
     at = item * even + i
     tl.store(similarity + at, value, mask=i < even)
@@ -84,19 +80,25 @@ def _bipartite_match_order_kernel(
 
 
 def best_partners(
-    metric: torch.Tensor, unit: torch.Tensor, class_token: bool, distill_token: bool
+    metric: torch.Tensor, class_token: bool, distill_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """metric (B, N, d) and its rows by `unit_rows` (B, N, width) -> similarity, partner (B, ceil(N/2))."""
-    batch, tokens, width = unit.shape
-    even, odd = (tokens + 1) // 2, tokens // 2
-    similarity = unit.new_empty(batch, even)
-    partner = unit.new_empty(batch, even, dtype=torch.int64)
-    a, b = (16, 16) if unit.dtype == torch.float64 else (32, 32)
-    tiles = cdiv(even, a)
+    """metric (B, N, d) -> similarity, partner (B, ceil(N/2)). Scratch: unit keys in float64."""
+    batch, tokens, d = metric.shape
+    even, odd, width = (tokens + 1) // 2, tokens // 2, unit_width(d)
+    dtype, acc = _common.accumulator(metric.dtype), torch.float64
+    unit = metric.new_empty(batch, tokens, width, dtype=acc)
+    a, step = row_tile(d, acc)
     launch(
-        _bipartite_match_best_kernel, batch * tiles, metric, unit, similarity, partner, *metric.stride(),
-        unit.stride(0), even, bound(odd), bound(metric.shape[2]), tiles, int(class_token), int(distill_token),
-        A=a, B=b, **product_constants(width, unit.dtype), num_warps=4, num_stages=1,
+        _bipartite_match_unit_kernel, cdiv(batch * tokens, a), metric, unit, *metric.stride(), tokens,
+        batch * tokens, bound(d), WIDTH=width, A=a, STEP=step, ACC=_common.TL_DTYPE[acc], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    similarity = metric.new_empty(batch, even, dtype=dtype)
+    partner = metric.new_empty(batch, even, dtype=torch.int64)
+    tiles = cdiv(even, 16)
+    launch(
+        _bipartite_match_best_kernel, batch * tiles, unit, similarity, partner, even, bound(odd), tiles,
+        int(class_token), int(distill_token), A=16, B=16, OUT=_common.TL_DTYPE[dtype],
+        **product_constants(width, acc), num_warps=4, num_stages=1,
     )  # fmt: skip
     return similarity, partner
 
@@ -104,17 +106,10 @@ def best_partners(
 def forward(
     metric: torch.Tensor, class_token: bool, distill_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """metric (B, N, d) -> order, similarity, partner, each (B, ceil(N/2)). Scratch: unit keys."""
-    batch, tokens, d = metric.shape
-    even, width = (tokens + 1) // 2, unit_width(d)
-    acc = _common.accumulator(metric.dtype)
-    unit = metric.new_empty(batch, tokens, width, dtype=acc)
-    a, step = row_tile(d, acc)
-    launch(
-        _bipartite_match_unit_kernel, cdiv(batch * tokens, a), metric, unit, *metric.stride(), tokens,
-        batch * tokens, bound(d), WIDTH=width, A=a, STEP=step, ACC=_common.TL_DTYPE[acc], num_warps=4, num_stages=1,
-    )  # fmt: skip
-    similarity, partner = best_partners(metric, unit, class_token, distill_token)
+    """metric (B, N, d) -> order, similarity, partner, each (B, ceil(N/2))."""
+    batch, tokens, _ = metric.shape
+    even = (tokens + 1) // 2
+    similarity, partner = best_partners(metric, class_token, distill_token)
     order = torch.empty_like(partner)
     tiles = cdiv(even, 64)
     launch(

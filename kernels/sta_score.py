@@ -1,4 +1,4 @@
-"""Triton `sta_score`: sheet 2.2 to 2.4 of Ding et al., ICCV 2023 (arXiv 2308.04549), in five launches a stage.
+"""Triton `sta_score`: sheet 2.2 to 2.4 of Ding et al., ICCV 2023 (arXiv 2308.04549), in six launches a stage.
 
 The softmax of Eq. 3 runs over the tokens of the current group, so neither a transition's exponentials (cosines need
 no maximum taken off) nor its normalisers depend on what was pruned before: all pairs of groups are computed at once.
@@ -203,7 +203,7 @@ def forward(
     # Groups in the order of processing are first, first + way, ...
     first, way = (pairs, -1) if reverse else (0, 1)
     group = slice(first * tokens, (first + 1) * tokens)
-    similarity, _ = best_partners(metric[:, group], unit[:, group], False, False)
+    similarity, _ = best_partners(metric[:, group], False, False)
 
     refer = order.new_empty(batch, tokens, dtype=torch.int32)
     weight, whole = acc.new_empty(batch, tokens), mass.new_empty(batch)

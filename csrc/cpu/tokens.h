@@ -100,7 +100,8 @@ template <class T>
 class Matcher {
  public:
   explicit Matcher(int64_t tokens, int64_t width)
-      : kn_(kernels<T>()), even_((tokens + 1) / 2), odd_(tokens / 2), width_(width) {
+      : kn_(kernels<T>()), even_((tokens + 1) / 2), odd_(tokens / 2), width_(width),
+        slack_(T(2 * (width + 4)) * std::numeric_limits<T>::epsilon() / 2) {
     const Gemm<T>& g = kn_.gemm;
     columns_ = round_up(odd_, g.nr);
     left_.resize(g.mr * width);
@@ -133,10 +134,15 @@ class Matcher {
         } else if (broken < odd_) {
           best = nan, at = broken;
         } else if (first < odd_) {
-          at = std::find(row + first, row + odd_, kn_.row_max(row + first, odd_ - first)) - row;
-          // The maximum of rounded cosines picks the partner; what is sorted by is rounded once, so that tokens which
-          // have an equal one among the odd ones tie.
-          best = cosine(kn_, key + 2 * i * pitch, key + (2 * at + 1) * pitch, width_);
+          // Whatever rounding may have kept from being the maximum is looked at again, rounded once: tokens which have
+          // an equal one among the odd ones tie, and the first of the best is taken. None is better than 1.
+          const T limit = kn_.row_max(row + first, odd_ - first) - slack_;
+          best = none;
+          for (int64_t j = first; j < odd_ && best < 1; ++j) {
+            if (row[j] < limit) continue;
+            const T exact = cosine(kn_, key + 2 * i * pitch, key + (2 * j + 1) * pitch, width_);
+            if (exact > best) best = exact, at = j;
+          }
         }
         similarity[i] = class_token && i == 0 ? none : best;
         if (partner) partner[i] = at;
@@ -148,6 +154,7 @@ class Matcher {
  private:
   const Kernels<T>& kn_;
   int64_t even_, odd_, width_, columns_ = 0;
+  T slack_;  // by which the product of two unit keys may miss another that is as large
   Buffer<T> left_, right_, cosine_;
   IndexSort sort_;
 };

@@ -92,6 +92,29 @@ struct MatchArgs {
   i64* partner;       // the same, null: not wanted
 };
 
+template <class Storage>
+VIDOPS_DEVICE double sqrt_of_squares(const typename Storage::Element* x, int width) {
+  double sum = 0;
+  for (int c = 0; c < width; ++c) {
+    const double value = Storage::value(x[c]);
+    sum += value * value;
+  }
+  return square_root(sum);
+}
+
+// The cosine of two keys, one with its norm, rounded once.
+template <class Storage>
+VIDOPS_DEVICE float exact_cosine(const typename Storage::Element* x, const typename Storage::Element* y, int width,
+                                 double x_size) {
+  double xy = 0, yy = 0;
+  for (int c = 0; c < width; ++c) {
+    const double value = Storage::value(y[c]);
+    xy += Storage::value(x[c]) * value, yy += value * value;
+  }
+  const double size = x_size * square_root(yy);
+  return size == 0 ? 0.0f : (float)(xy / size);
+}
+
 // One warp per even token. Equal tokens have the same sums wherever they are: each is one lane's, in channel order.
 template <class Storage>
 VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
@@ -99,7 +122,11 @@ VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
   const int width = a.metric.width, odd = a.tokens / 2;
   const float* unit = a.unit + item * a.unit_item + (i64)a.first_row * width;
   const float* mine = unit + (i64)2 * i * width;
-  float best = -VIDOPS_INFINITY;
+  const Element* key = static_cast<const Element*>(a.metric.data) + item * a.metric.item + a.first_row * a.metric.row;
+  const double size = sqrt_of_squares<Storage>(key + (i64)2 * i * a.metric.row, width);
+  // By which the product of two unit keys may miss another that is as large.
+  const float slack = 2 * (width + 4) * 6e-8f;
+  float best = -VIDOPS_INFINITY, most = -VIDOPS_INFINITY;
   int at = 0x7fffffff;
   for (int j = lane_id(); j < odd; j += kWarp) {
     const float* other = unit + (i64)(2 * j + 1) * width;
@@ -107,6 +134,14 @@ VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
     VIDOPS_UNROLL_BY(4)
     for (int c = 0; c < width; ++c) dot = multiply_add(mine[c], other[c], dot);
     if (a.distill_token && j == 0) dot = -VIDOPS_INFINITY;
+    if (dot < most - slack) continue;
+    if (dot > most) most = dot;
+    // Whatever rounding may have kept from being the maximum is looked at again, rounded once: tokens which have an
+    // equal one among the odd ones tie, and the first of the best is taken. None is better than 1.
+    if (finite(dot)) {
+      if (best >= 1) continue;
+      dot = exact_cosine<Storage>(key + (i64)2 * i * a.metric.row, key + (i64)(2 * j + 1) * a.metric.row, width, size);
+    }
     if (chosen_before(dot, j, best, at)) best = dot, at = j;
   }
   VIDOPS_UNROLL
@@ -116,20 +151,6 @@ VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
     if (chosen_before(other, other_at, best, at)) best = other, at = other_at;
   }
   if (odd == 0) at = -1;
-  if (finite(best)) {
-    // The maximum of rounded cosines picks the partner; what is sorted by is rounded once, so that tokens which have an
-    // equal one among the odd ones tie.
-    const Element* key = static_cast<const Element*>(a.metric.data) + item * a.metric.item;
-    const Element* x = key + (a.first_row + 2 * i) * a.metric.row;
-    const Element* y = key + (a.first_row + 2 * at + 1) * a.metric.row;
-    double xy = 0, xx = 0, yy = 0;
-    for (int c = lane_id(); c < width; c += kWarp) {
-      const double u = Storage::value(x[c]), v = Storage::value(y[c]);
-      xy += u * v, xx += u * u, yy += v * v;
-    }
-    xy = warp_sum(xy), xx = warp_sum(xx), yy = warp_sum(yy);
-    best = xx == 0 || yy == 0 ? 0.0f : (float)(xy / (square_root(xx) * square_root(yy)));
-  }
   if (lane_id() != 0) return;
   a.similarity[(i64)item * a.even + i] = a.class_token && i == 0 ? -VIDOPS_INFINITY : best;
   if (a.partner) a.partner[(i64)item * a.even + i] = at;

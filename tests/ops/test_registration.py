@@ -226,3 +226,13 @@ def test_autocast():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert vidops.attention_head_mean(q, k).dtype == torch.float32
         assert vidops.video_attention(q[None].float(), k[None].float(), k[None].float()).dtype == torch.bfloat16
+
+
+@on_backends("gather_tokens", "scatter_tokens", "nearest_kept", "sta_prune")
+def test_fake_tensors_have_no_values_to_check(backend):
+    with torch._subclasses.FakeTensorMode(), torch.device(device_for(backend)):
+        x, index = torch.empty(2, 9, 4), torch.empty(2, 5, dtype=torch.int64)
+        assert vidops.gather_tokens(x, index, backend=backend).shape == (2, 5, 4)
+        assert vidops.scatter_tokens(x, index.new_empty(2, 9), 12, backend=backend).shape == (2, 12, 4)
+        assert vidops.nearest_kept(index, (3, 4), backend=backend).shape == (2, 12)
+        assert vidops.sta_prune(x, x, 3, 1, backend=backend).x.shape == (2, 6, 4)

@@ -126,6 +126,29 @@ def test_partners_and_special_tokens(backend):
         assert torch.equal(order, similarity.sort(dim=1, stable=True).indices)
 
 
+@on_backends("bipartite_match")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_nearly_equal_keys(spread, dtype, backend):
+    """Cosines that differ by less than a product of float32 rows is rounded by: the same matching on every backend."""
+    skip_dtype(backend, dtype)
+    noise = heads(4, 62, 24, seed=21, on=backend)
+    keys = (heads(1, 1, 24, seed=20, on=backend) + spread * noise).to(dtype)
+    order, similarity, partner = (t.cpu() for t in vidops.bipartite_match(keys, backend=backend))
+    unit = torch.nn.functional.normalize(keys.double().cpu(), dim=-1)
+    cosines = (unit[:, ::2] @ unit[:, 1::2].mT).to(similarity.dtype)
+    if dtype == torch.float64:
+        best = cosines.max(2).values
+        assert (cosines.gather(2, partner.unsqueeze(-1)).squeeze(-1) >= best - 1e-15).all()
+        assert ((similarity - best).abs() <= 1e-15).all()
+    else:
+        # Two roundings of the same cosine to float64 may fall to either side of a tie of float32.
+        best, first = cosines.max(2)
+        assert (similarity != best).double().mean() <= 0.02 and (partner != first).double().mean() <= 0.02
+        assert ((similarity - best).abs() <= 6e-8).all()
+    assert torch.equal(order, similarity.sort(dim=1, stable=True).indices)
+
+
 @on_backends("sta_score")
 @pytest.mark.parametrize("special", ["zero keys", "equal keys", "large keys", "small keys", "repeated tokens"])
 def test_equal_scores_go_by_index(special, backend):

@@ -106,6 +106,30 @@ def test_every_attention_of_transformers(attention: str) -> None:
         assert torch.equal(model(clips()).logits, want)
 
 
+def test_configured_for_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel needs a card and half precision; the model calls what stands in its place as often, and as it does."""
+    model = videomae("transformers")
+    modeling = pytest.importorskip("transformers.modeling_utils")
+    if not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("transformers before 4.48")
+    lengths: list[int] = []
+
+    def flash(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+        assert mask is None
+        lengths.append(q.shape[2])
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=options["scaling"])
+        return out.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(modeling.ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    with torch.no_grad():
+        want = by_hand(model, clips(), 3, "reference")
+        model.config._attn_implementation = "flash_attention_2"
+        vidops.patch(model, r=3, backend="reference")
+        lengths.clear()
+        torch.testing.assert_close(model(clips()).logits, want)
+    assert lengths == [128, 104, 104, 92, 92, 86]
+
+
 @pytest.mark.parametrize("proportional", [False, True])
 @pytest.mark.parametrize("r", [4, [0, 10, 0, 3, 20, 1], (6, 0.5)])
 def test_tome_is_merging_inside_layers(source: str, r: Any, proportional: bool, backend: str) -> None:

@@ -29,8 +29,10 @@ def indices(name: str, value: Any, like: torch.Tensor, lead: tuple[int, ...], me
 
 
 def check_range(name: str, value: torch.Tensor, bound: int, backend: str) -> None:
-    """Values in [0, bound), where looking is no host sync and the backend does not look itself."""
-    if value.device.type != "cpu" or backend == "cpu" or torch.compiler.is_compiling() or not value.numel():
+    """Values in [0, bound), where looking is no host sync, there is something to see (a fake tensor has no values), and
+    the backend does not look itself."""
+    seen = type(value) is torch.Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not seen or backend == "cpu" or not value.numel():
         return
     low, high = torch.aminmax(value)
     if low < 0 or high >= bound:
