@@ -3,7 +3,9 @@
 // Panels of 32 rows in blocks of 32 columns. A block: [32 rows][32 bf16], two AMX tiles. B block:
 // [2][16 pairs][16 rows][2], the pairwise interleaving that both tdpbf16ps and dpbf16 read. One part per
 // block holds x rounded to bf16; with two parts a second block follows with what the rounding left over,
-// itself rounded, and x y = hi hi + hi lo + lo hi up to about 3 * 2^-18 |x||y|: float32 accuracy.
+// itself rounded, and x y = hi hi + hi lo + lo hi up to about 3 * 2^-18 |x||y|. Three parts hold all 24 bits of x, and
+// the six products that are not below 2^-26 |x||y| make a product of float32. What is not finite becomes NaN in a part,
+// and so does what bf16 rounds to infinity: finite numbers above 3.39e38.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -32,12 +34,12 @@ inline void convert(const float* row, const float* centre, int64_t left, __m512i
     y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(high, centre + 16));
   }
   part[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-  if constexpr (kParts == 2) {
-    const __m512i xs = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(part[0]));
-    const __m512i ys = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(part[0], 1));
+  for (int p = 1; p < kParts; ++p) {
+    const __m512i xs = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(part[p - 1]));
+    const __m512i ys = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(part[p - 1], 1));
     x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(xs, 16)));
     y = _mm512_sub_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(ys, 16)));
-    part[1] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+    part[p] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
   }
 }
 
@@ -81,6 +83,33 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// Loads one part of 32 rows of an operand into its two tiles.
+#define VIDOPS_LOAD_PART(tile, next, block, part)           \
+  _tile_loadd(tile, (block) + (part) * kBlockElements, 64); \
+  _tile_loadd(next, (block) + (part) * kBlockElements + kBlockElements / 2, 64)
+#define VIDOPS_ADD_PRODUCT() \
+  _tile_dpbf16ps(0, 4, 6);   \
+  _tile_dpbf16ps(1, 4, 7);   \
+  _tile_dpbf16ps(2, 5, 6);   \
+  _tile_dpbf16ps(3, 5, 7)
+
+// The six products, ordered so that a part stays in its tiles from one to the next.
+inline void product_of_three(const uint16_t* x, const uint16_t* y) {
+  VIDOPS_LOAD_PART(6, 7, y, 0);
+  VIDOPS_LOAD_PART(4, 5, x, 2);
+  VIDOPS_ADD_PRODUCT();
+  VIDOPS_LOAD_PART(4, 5, x, 1);
+  VIDOPS_ADD_PRODUCT();
+  VIDOPS_LOAD_PART(4, 5, x, 0);
+  VIDOPS_ADD_PRODUCT();
+  VIDOPS_LOAD_PART(6, 7, y, 2);
+  VIDOPS_ADD_PRODUCT();
+  VIDOPS_LOAD_PART(6, 7, y, 1);
+  VIDOPS_ADD_PRODUCT();
+  VIDOPS_LOAD_PART(4, 5, x, 1);
+  VIDOPS_ADD_PRODUCT();
+}
+
 template <int kParts>
 void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, float* c,
              int64_t ldc) {
@@ -110,6 +139,10 @@ void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, c
           _tile_loadd(3, out + 16 * ldc + 16, pitch);
         }
         for (int64_t s = 0; s < steps; ++s, x += kStep, y += kStep) {
+          if constexpr (kParts == 3) {
+            product_of_three(x, y);
+            continue;
+          }
           _tile_loadd(6, y, 64);
           _tile_loadd(7, y + kTile, 64);
           if constexpr (kParts == 2) {
@@ -189,6 +222,8 @@ constexpr Gemm<float> kAmx{kRows,     kRows,     kBlock,    2, kBlock, OperandEr
 // Three such sums per block of 32 columns, each one rounding of half an eps.
 constexpr Gemm<float> kAmxSplit{kRows,     kRows,     kBlock,    4, 2 * kBlock / 3, OperandError::split,
                                 pack_a<2>, pack_b<2>, run_amx<2>};
+constexpr Gemm<float> kAmxThree{kRows,     kRows,     kBlock,    6, 2 * kBlock / 6, OperandError::none,
+                                pack_a<3>, pack_b<3>, run_amx<3>};
 constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), OperandError::measured, pack_a<1>, pack_b<1>,
                            run_dpbf16};
 
@@ -212,6 +247,14 @@ const Gemm<float>* bf16_gemm(CpuIsa isa) {
 const Gemm<float>* split_gemm(CpuIsa isa) {
 #if defined(__x86_64__)
   if (isa == CpuIsa::amx) return &kAmxSplit;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
+const Gemm<float>* three_part_gemm(CpuIsa isa) {
+#if defined(__x86_64__)
+  if (isa == CpuIsa::amx) return &kAmxThree;
 #endif
   (void)isa;
   return nullptr;

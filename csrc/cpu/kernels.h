@@ -174,9 +174,10 @@ const Kernels<T>& kernels() {
   return kernels_for<T>(cpu_isa_level());
 }
 
-// fp32 sums of bf16 operands, and of operands split into two bf16 (float32 accuracy); null where the level
-// has none.
+// fp32 sums of bf16 operands, of operands split into two bf16, and into three (products of float32); null where the
+// level has none, or none that is faster.
 const Gemm<float>* bf16_gemm(CpuIsa isa);
 const Gemm<float>* split_gemm(CpuIsa isa);
+const Gemm<float>* three_part_gemm(CpuIsa isa);
 
 }  // namespace vidops::cpu

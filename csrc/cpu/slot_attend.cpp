@@ -212,6 +212,16 @@ void add_lanes(const SlotKernels<T>& kn, const T* total, int64_t rows, T* sums) 
     for (int l = 0; l < kn.lanes; ++l) sums[r] += total[r * kn.lanes + l];
 }
 
+// Mean and reciprocal deviation of rows [first, end) of item b of x (B,N,D) or, with a set, (B,1,N,D).
+template <class T>
+void row_moments(const SlotKernels<T>& kn, const TensorView& x, const TensorView& mean, const TensorView& rstd,
+                 int64_t b, int64_t first, int64_t end, T eps) {
+  const int64_t pitch = x.stride[x.rank - 2], width = x.shape[x.rank - 1], tokens = mean.shape[1];
+  for (int64_t j = first; j < end; j += kn.lanes)
+    kn.moments(x.as<const T>() + b * x.stride[0] + j * pitch, pitch, std::min<int64_t>(kn.lanes, end - j), width, eps,
+               mean.as<T>() + b * tokens + j, rstd.as<T>() + b * tokens + j);
+}
+
 template <class T>
 void forward(const SlotAttendForwardParams& params, int threads) {
   const Problem<T> f(params);
@@ -234,6 +244,8 @@ void forward(const SlotAttendForwardParams& params, int threads) {
         s.clear_total(f);
         f.pack_left(f.keys, f.q(b), s.q_left.get());
         for_tiles(f, chunk, [&](int64_t first, int64_t count) {
+          if (params.norm_eps >= 0)
+            row_moments(kn, params.keys, params.mean, params.rstd, b, first, first + count, T(params.norm_eps));
           s.load_tile(f, b, first, count);
           for (int64_t set = 0; set < f.keys.sets; ++set) {
             f.pack(f.keys, b, set, first, count, s);
@@ -342,12 +354,8 @@ void token_statistics(const TokenStatisticsParams& params, int threads) {
   const TensorView& x = params.rows;
   const int64_t tokens = x.shape[1], blocks = ceil_div(tokens, kChunk);
   parallel_for(x.shape[0] * blocks, threads, [&](int64_t task, int) {
-    const int64_t b = task / blocks, first = task % blocks * kChunk;
-    const int64_t end = std::min(tokens, first + kChunk);
-    for (int64_t j = first; j < end; j += kn.lanes)
-      kn.moments(x.as<const T>() + b * x.stride[0] + j * x.stride[1], x.stride[1], std::min<int64_t>(kn.lanes, end - j),
-                 x.shape[2], static_cast<T>(params.eps), params.mean.as<T>() + b * tokens + j,
-                 params.rstd.as<T>() + b * tokens + j);
+    const int64_t first = task % blocks * kChunk, end = std::min(tokens, first + kChunk);
+    row_moments(kn, x, params.mean, params.rstd, task / blocks, first, end, static_cast<T>(params.eps));
   });
 }
 
@@ -412,6 +420,11 @@ void slot_attend_forward_cpu(const SlotAttendForwardParams& params, int threads)
     cpu::check_packed<T>(params.den, {q.shape[0], q.shape[1], q.shape[2]}, "den");
     cpu::check_map<T>(params.dots, params, "dots");
     cpu::check_map<T>(params.attn, params, "attn");
+    if (params.norm_eps >= 0) {
+      require(params.keys.shape[1] == 1 && params.values.shape[1] == 1, "keys and values: expected raw rows");
+      cpu::check_packed<T>(params.mean, {q.shape[0], params.keys.shape[2]}, "mean");
+      cpu::check_packed<T>(params.rstd, {q.shape[0], params.keys.shape[2]}, "rstd");
+    }
     cpu::forward<T>(params, threads);
   });
 }

@@ -333,10 +333,10 @@ void slot_softmax_grad(const SlotSoftmaxGrad<T>& given) {
   }
 }
 
-// The sum of (x - centre) or of its square, in double: an error of a row's statistics is one of all its dots, which
-// iterations magnify.
+// Of (x - centre) or of its square, sums in double that lanes still hold: an error of a row's statistics is one of all
+// its dots, which iterations magnify.
 template <class T, bool SQUARE>
-VIDOPS_INLINE double row_sum(const T* x, int64_t width, double centre) {
+VIDOPS_INLINE VD row_sums(const T* x, int64_t width, double centre) {
   const VD away = splat(centre);
   VD s[4] = {};
   int64_t c = 0;
@@ -350,24 +350,31 @@ VIDOPS_INLINE double row_sum(const T* x, int64_t width, double centre) {
     const VD d = wide(x + c) - away;
     s[0] += SQUARE ? d * d : d;
   }
-  double sum = lane_sum<double>((s[0] + s[1]) + (s[2] + s[3]));
-  for (; c < width; ++c) {
+  for (int l = 0; c < width; ++c, ++l) {
     const double d = double(x[c]) - centre;
-    sum += SQUARE ? d * d : d;
+    s[1][l] += SQUARE ? d * d : d;
   }
-  return sum;
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
+// As many rows at a time as a vector has lanes: the sums of one would wait for its mean, and its mean for its sums.
 template <class T>
 void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd) {
-  for (int64_t r = 0; r < count; ++r, x += pitch) {
-    const double centre = row_sum<T, false>(x, width, 0) / double(width);
-    const double square = row_sum<T, true>(x, width, centre);
-    mean[r] = T(centre);
-    // Of a variance that overflows in T the reciprocal is 0, on every backend.
-    rstd[r] = T(square) > T(0) && T(square) == 2 * T(square)
-                  ? T(0)
-                  : T(1 / __builtin_sqrt(square / double(width) + double(eps)));
+  for (int64_t first = 0; first < count; first += kWide) {
+    const int rows = count - first < kWide ? count - first : kWide;
+    VD sums[kWide] = {};
+    for (int r = 0; r < rows; ++r) sums[r] = row_sums<T, false>(x + (first + r) * pitch, width, 0);
+    const VD centre = lane_sums<double, kWide>(sums) / splat(double(width));
+    for (int r = 0; r < rows; ++r) sums[r] = row_sums<T, true>(x + (first + r) * pitch, width, centre[r]);
+    const VD square = lane_sums<double, kWide>(sums);
+    double scale[kWide];
+    for (int r = 0; r < kWide; ++r) scale[r] = 1 / __builtin_sqrt(square[r] / double(width) + double(eps));
+    for (int r = 0; r < rows; ++r) {
+      const T size = T(square[r]);
+      mean[first + r] = T(centre[r]);
+      // Of a variance that overflows in T the reciprocal is 0, on every backend.
+      rstd[first + r] = size > T(0) && size == 2 * size ? T(0) : T(scale[r]);
+    }
   }
 }
 

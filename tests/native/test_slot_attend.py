@@ -178,7 +178,7 @@ def native_forward(a: Inputs, maps: bool = True, threads: int = 2) -> tuple[torc
     num = a.q.new_full((batch, heads, slots, a.values.shape[3]), torch.nan)
     den = torch.full_like(a.c, torch.nan)
     dots, attn = (a.q.new_full((batch, heads, slots, tokens) if maps else (0,), torch.nan) for _ in range(2))
-    C.slot_attend_forward_cpu(*a.views(), *map(_native.view, (num, den, dots, attn)), threads)
+    C.slot_attend_forward_cpu(*a.views(), *map(_native.view, (num, den, dots, attn)), -1.0, threads)
     return num, den, dots, attn
 
 
@@ -367,7 +367,7 @@ def test_wrong_arguments_are_refused(wrong: dict[str, object]) -> None:
     bad = replace(a, **wrong)
     outputs = [torch.empty(2, 1, 4, 20), torch.empty(2, 1, 4), ABSENT, ABSENT]
     with pytest.raises(C.ArgumentError):
-        C.slot_attend_forward_cpu(*bad.views(), *map(_native.view, outputs), 1)
+        C.slot_attend_forward_cpu(*bad.views(), *map(_native.view, outputs), -1.0, 1)
     gradients = [torch.zeros(2, 1, 70, 20), torch.zeros(2, 1, 70, 20), torch.empty(2, 1, 4, 20), torch.empty(2, 1, 4)]
     with pytest.raises(C.ArgumentError):
         C.slot_attend_backward_cpu(
@@ -381,4 +381,4 @@ def test_outputs_of_another_shape_are_refused(output: int) -> None:
     outputs = [torch.empty(2, 1, 4, 20), torch.empty(2, 1, 4), torch.empty(2, 1, 4, 70), torch.empty(2, 1, 4, 70)]
     outputs[output] = outputs[output][:, :, :3].contiguous()
     with pytest.raises(C.ArgumentError):
-        C.slot_attend_forward_cpu(*a.views(), *map(_native.view, outputs), 1)
+        C.slot_attend_forward_cpu(*a.views(), *map(_native.view, outputs), -1.0, 1)

@@ -6,7 +6,7 @@ Arguments of a pass are those of `vidops.reference.slot_attend`, in its order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,12 +36,18 @@ def _words(slot_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if slot_mask is None else slot_mask.to(torch.int32)
 
 
-def _cpu_attend_forward(*args: Any) -> Any:
+def _cpu_attend_forward(*args: Any, norm_eps: float = -1.0) -> Any:
     *tokens, slot_mask, groups, joint, eps_add, with_dots, with_attn = args
     results = _new_results(tokens, with_dots, with_attn)
     views = _native_views(*tokens, _words(slot_mask))
-    _native.C.slot_attend_forward_cpu(*views, groups, joint, eps_add, *_native_views(*results), _native.threads())
+    to = _native_views(*results)
+    _native.C.slot_attend_forward_cpu(*views, groups, joint, eps_add, *to, norm_eps, _native.threads())
     return results
+
+
+def _cpu_first_forward(eps: float, keys: torch.Tensor, values: torch.Tensor, *args: Any) -> Any:
+    mean, rstd = (keys.new_empty(keys.shape[0], keys.shape[2]) for _ in range(2))
+    return *_cpu_attend_forward(keys, values, mean, rstd, *args, norm_eps=eps), mean, rstd
 
 
 def _cpu_attend_backward(*args: Any) -> Any:
@@ -59,6 +65,7 @@ def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tup
     return mean, rstd
 
 
+_PACKED_ROWS = 64  # fewer do not pay for a layout of the whole weight, in memory that is new
 _SMALL_PRODUCT = 1 << 19  # multiply-adds that take no longer than handing tensors to native code
 
 
@@ -69,15 +76,33 @@ def _by_rows(t: torch.Tensor) -> tuple[Any, bool]:
     return _native.view(t.mT if turned else t), turned
 
 
+class _Packed(NamedTuple):
+    """A right operand that was laid out for several products."""
+
+    matrix: torch.Tensor
+    packed: torch.Tensor
+
+
+def _cpu_packed(b: torch.Tensor, rows: int) -> torch.Tensor | _Packed:
+    if rows < _PACKED_ROWS or rows * b.numel() < _SMALL_PRODUCT:
+        return b
+    view, turned = _by_rows(b)
+    size = _native.C.product_packed_size(view, turned)
+    packed = b.new_empty(1 if b.dim() == 2 else len(b), size)
+    _native.C.product_pack_cpu(*_by_rows(b), _native.view(packed), _native.threads())
+    return _Packed(b, packed)
+
+
 def _cpu_product(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
+    a: torch.Tensor, b: torch.Tensor | _Packed, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
 ) -> torch.Tensor:
+    b, packed = b if isinstance(b, _Packed) else (b, None)
     if a.numel() * b.shape[-1] < _SMALL_PRODUCT:
         return _slot_iterations.plain_product(a, b, bias, add_to)
     out = a.new_empty(*a.shape[:-1], b.shape[-1]) if add_to is None else add_to
-    given = _native.view(a.new_empty(0) if bias is None else bias)
+    given = _native_views(a, packed, bias)[1:]
     to = _native.view(out if out.dim() == 3 else out[None])
-    _native.C.product_cpu(*_by_rows(a), *_by_rows(b), given, to, add_to is not None, _native.threads())
+    _native.C.product_cpu(*_by_rows(a), *_by_rows(b), *given, to, add_to is not None, _native.threads())
     return out
 
 
@@ -87,7 +112,13 @@ def _cpu_norm_backward(grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, 
 
 
 _CPU = _slot_iterations.Attend(
-    _cpu_attend_forward, _cpu_attend_backward, _cpu_statistics, _cpu_product, _cpu_norm_backward
+    _cpu_attend_forward,
+    _cpu_attend_backward,
+    _cpu_statistics,
+    _cpu_first_forward,
+    _cpu_product,
+    _cpu_packed,
+    _cpu_norm_backward,
 )
 
 

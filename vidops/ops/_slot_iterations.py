@@ -44,15 +44,20 @@ class Attend(NamedTuple):
     PyTorch is good enough at it,
 
     statistics: mean and reciprocal deviation (B, N) of every row of the tokens;
+    first_forward: `forward` of raw rows without `statistics`, which it returns beside its results, by the LayerNorm's
+        constant;
     product: of two matrices or two batches of them, each possibly transposed; plus a bias per column (matrices only),
         or added to a given result;
+    packed: a right operand in the form that products of so many rows take it in, for one that several have in common;
     norm_backward: the gradient of the tokens from that of the normalised ones, which it may overwrite.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     statistics: Callable[..., Any] = plain_statistics
+    first_forward: Callable[..., Any] | None = None
     product: Callable[..., Any] = plain_product
+    packed: Callable[[torch.Tensor, int], Any] = lambda matrix, rows: matrix
     norm_backward: Callable[..., Any] = plain_norm_backward
 
 
@@ -68,7 +73,8 @@ def forward(attend: Attend, *args: Any, absorbed: bool | None = None) -> tuple[t
     """Arguments of the torch op -> (slots, dots, attn, states)."""
     call = SlotCall.of(*args)
     options = call.options
-    run = _Run(attend, call, absorbed)
+    # Not in the backward, where what is laid out would come on top of the peak.
+    run = _Run(attend, call, absorbed, packs=options.iters > 1)
     slots = call.slots.to(run.dtype)
     entering, dots, attn = [], None, None
     for step in range(options.iters):
@@ -180,7 +186,7 @@ class _Step:
 class _Run:
     """A call with its weights in the accumulation dtype; the backward adds the weights' gradients up in it."""
 
-    def __init__(self, attend: Attend, call: SlotCall, absorbed: bool | None) -> None:
+    def __init__(self, attend: Attend, call: SlotCall, absorbed: bool | None, packs: bool = False) -> None:
         self.attend, self.call, options = attend, call, call.options
         self.dtype = _checks.accumulation_dtype(call.slots.dtype)
         self.batch, self.slots = call.slots.shape[:2]
@@ -191,11 +197,15 @@ class _Run:
             q_width, v_width = len(p.q_weight), len(p.v_weight)
             absorbed = absorbs(tokens, channels, self.slots, options.iters, self.heads, q_width, v_width)
         self.absorbed = absorbed
+        self.packs: dict[str, Any] | None = {} if packs else None
         self.key, self.key_bias = self._folded(p.k_weight, p.k_bias)
         self.value, self.value_bias = self._folded(p.v_weight, p.v_bias)
         self.token_mask = None if call.token_mask is None else call.token_mask.to(self.dtype).contiguous()
         self.slot_mask = None if call.slot_mask is None else (call.slot_mask != 0).contiguous()
-        self.mean, self.rstd = attend.statistics(call.inputs, self.dtype, options.ln_eps)
+        # (B, N) each; the first pass over the tokens may find them.
+        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        if not absorbed or attend.first_forward is None:
+            self._statistics = attend.statistics(call.inputs, self.dtype, options.ln_eps)
         if absorbed:
             self.keys = self.values = call.inputs.unsqueeze(1)
         else:
@@ -219,14 +229,31 @@ class _Run:
         return weight.unflatten(0, (self.heads, -1)), None if bias is None else bias.unflatten(0, (self.heads, -1))
 
     def _normalised_rows(self) -> torch.Tensor:
-        return (self.call.inputs.to(self.dtype) - self.mean[..., None]) * self.rstd[..., None]
+        mean, rstd = self.statistics()
+        return (self.call.inputs.to(self.dtype) - mean[..., None]) * rstd[..., None]
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._statistics is not None
+        return self._statistics
 
     def _projected(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(B, H, N, d); the bias is added on the slot side."""
         return self._linear(rows, weight.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.attend.product(x.flatten(0, -2), weight.T, bias).unflatten(0, x.shape[:-1])
+    def _linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, name: str | None = None
+    ) -> torch.Tensor:
+        """`name`: of a weight that every iteration multiplies the slots by."""
+        matrix = weight.T if name is None else self._right(name, weight.T)
+        return self.attend.product(x.flatten(0, -2), matrix, bias).unflatten(0, x.shape[:-1])
+
+    def _right(self, name: str, matrix: torch.Tensor) -> Any:
+        """A right operand of the slots' rows, laid out once for all iterations of a forward."""
+        if self.packs is None:
+            return matrix
+        if name not in self.packs:
+            self.packs[name] = self.attend.packed(matrix, self.batch * self.slots)
+        return self.packs[name]
 
     def _to_heads(self, t: torch.Tensor) -> torch.Tensor:
         """(B, S, H * d) to (H, B * S, d), one product per head whatever the batch."""
@@ -250,21 +277,21 @@ class _Run:
         """The slots that leave an iteration, and its maps. What is used up is dropped at once: with few tokens the
         slots' rows are most of the peak."""
         p = self.params
-        num, den, dots, attn = self.attend.forward(*self._pass(*self._queries(slots)[-2:]), with_dots, with_attn)
+        num, den, dots, attn = self._attended(*self._queries(slots)[-2:], with_dots, with_attn)
         heads_out = self._gathered(num, den)[-1]
         del num, den
         moved = self._moved(heads_out, slots)[-1]
         del heads_out
         if p.mlp_weight2 is not None:
             activated = self._activated(self._mlp(moved).hidden)
-            moved = self._linear(activated, p.mlp_weight2, p.mlp_bias2).add_(moved)
+            moved = self._linear(activated, p.mlp_weight2, p.mlp_bias2, "mlp2").add_(moved)
         return moved, dots, attn
 
     def step(self, slots: torch.Tensor) -> _Step:
         """`advance` up to the hidden layer of the MLP, with all that its backward needs."""
         with_attn = self.call.options.mask_grad
         norm, q, token_q, c = self._queries(slots)
-        num, den, _, attn = self.attend.forward(*self._pass(token_q, c), False, with_attn)
+        num, den, _, attn = self._attended(token_q, c, False, with_attn)
         mean_row, weight, total, heads_out = self._gathered(num, den)
         update, gates, moved = self._moved(heads_out, slots)
         mlp = None if self.params.mlp_weight1 is None else self._mlp(moved)
@@ -274,8 +301,8 @@ class _Run:
         """Normalised slots, queries, and these with their constants as the backend takes them."""
         p = self.params
         norm = self._norm(slots, p.norm_slots_weight, p.norm_slots_bias)
-        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias)) * self.call.options.scale
-        token_q = self._to_batch(self.attend.product(q, self.key) if self.absorbed else q)
+        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias, "q")) * self.call.options.scale
+        token_q = self._to_batch(self.attend.product(q, self._right("key", self.key)) if self.absorbed else q)
         c = q.new_zeros(q.shape[:2]) if self.key_bias is None else (q @ self.key_bias[..., None]).squeeze(-1)
         return norm, q, token_q, self._to_batch(c)
 
@@ -284,7 +311,9 @@ class _Run:
         weight = self._from_batch(den)
         total = weight + self.call.options.denominator
         mean_row, weight = self._from_batch(num) / total[..., None], weight / total
-        heads_out = self.attend.product(mean_row, self.value.mT) if self.absorbed else mean_row
+        heads_out = mean_row
+        if self.absorbed:
+            heads_out = self.attend.product(mean_row, self._right("value", self.value.mT))
         if self.value_bias is not None:
             heads_out = heads_out + weight[..., None] * self.value_bias[:, None]
         return mean_row, weight, total, self._from_heads(heads_out)
@@ -292,18 +321,32 @@ class _Run:
     def _moved(self, heads_out: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, _Gates | None, torch.Tensor]:
         """The update, the gates of a GRU, and the slots after the update."""
         p = self.params
-        update = heads_out if p.merge_weight is None else self._linear(heads_out, p.merge_weight, p.merge_bias)
+        update = heads_out
+        if p.merge_weight is not None:
+            update = self._linear(heads_out, p.merge_weight, p.merge_bias, "merge")
         if p.gru_weight_ih is None:
             return update, None, slots + update
         return update, *self._gru(update, slots)
 
+    def _attended(self, token_q: torch.Tensor, c: torch.Tensor, with_dots: bool, with_attn: bool) -> Any:
+        """num, den, dots and attn of a pass over the tokens."""
+        attend, eps = self.attend, self.call.options.ln_eps
+        if self._statistics is not None or attend.first_forward is None:
+            return attend.forward(*self._pass(token_q, c), with_dots, with_attn)
+        arguments = self.keys, self.values, *self._slot_side(token_q, c), with_dots, with_attn
+        *found, mean, rstd = attend.first_forward(eps, *arguments)
+        self._statistics = mean, rstd
+        return found
+
     def _pass(self, token_q: torch.Tensor, c: torch.Tensor) -> tuple[Any, ...]:
         """The arguments that a backend's forward and backward share."""
+        statistics = self.statistics() if self.absorbed else (None, None)
+        return self.keys, self.values, *statistics, *self._slot_side(token_q, c)
+
+    def _slot_side(self, token_q: torch.Tensor, c: torch.Tensor) -> tuple[Any, ...]:
         options = self.call.options
-        mean, rstd = (self.mean, self.rstd) if self.absorbed else (None, None)
         masks = self.token_mask, self.slot_mask
-        rows = self.keys, self.values, mean, rstd
-        return *rows, token_q, c, *masks, options.groups, options.joint_heads, options.eps_add
+        return token_q, c, *masks, options.groups, options.joint_heads, options.eps_add
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> _Norm:
         return _Norm(x, *torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.call.options.ln_eps))
@@ -312,8 +355,8 @@ class _Run:
         p = self.params
         assert p.gru_weight_ih is not None and p.gru_weight_hh is not None
         width = slots.shape[-1]
-        from_update, new = self._linear(update, p.gru_weight_ih, p.gru_bias_ih).split([2 * width, width], -1)
-        from_slots, recurrent = self._linear(slots, p.gru_weight_hh, p.gru_bias_hh).split([2 * width, width], -1)
+        from_update, new = self._linear(update, p.gru_weight_ih, p.gru_bias_ih, "ih").split([2 * width, width], -1)
+        from_slots, recurrent = self._linear(slots, p.gru_weight_hh, p.gru_bias_hh, "hh").split([2 * width, width], -1)
         reset, keep = from_update.add_(from_slots).sigmoid_().chunk(2, -1)
         candidate = torch.addcmul(new, reset, recurrent).tanh_()
         return _Gates(reset, keep, candidate, recurrent), (1 - keep) * candidate + keep * slots
@@ -322,7 +365,7 @@ class _Run:
         p = self.params
         assert p.mlp_weight1 is not None
         norm = self._norm(slots, p.norm_mlp_weight, p.norm_mlp_bias)
-        return _Mlp(norm, self._linear(norm.out, p.mlp_weight1, p.mlp_bias1))
+        return _Mlp(norm, self._linear(norm.out, p.mlp_weight1, p.mlp_bias1, "mlp1"))
 
     def _activated(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.relu(hidden) if self.call.options.activation == "relu" else F.gelu(hidden)
@@ -402,8 +445,8 @@ class _Run:
         assert taken.attn is not None
         grad = grad_num @ self.values.to(self.dtype).mT
         if self.absorbed:
-            shift = grad_num.sum(-1, keepdim=True) * self.mean[:, None, None]
-            grad = (grad - shift) * self.rstd[:, None, None]
+            mean, rstd = self.statistics()
+            grad = (grad - grad_num.sum(-1, keepdim=True) * mean[:, None, None]) * rstd[:, None, None]
         grad = (taken.attn + self.call.options.eps_add) * (grad + grad_den[..., None])
         return grad.sum(1).unflatten(1, (self.call.options.groups, -1)).sum(2)
 
@@ -515,7 +558,7 @@ class _Run:
             grad = self.grad_keys.squeeze(1)
         else:
             grad = self._through(self.grad_keys, self.key) + self._through(self.grad_values, self.value)
-        return self.attend.norm_backward(grad.contiguous(), self.call.inputs, self.mean, self.rstd)
+        return self.attend.norm_backward(grad.contiguous(), self.call.inputs, *self.statistics())
 
     def _through(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows = grad.transpose(1, 2).flatten(2)

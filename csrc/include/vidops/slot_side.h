@@ -11,6 +11,7 @@ struct ProductParams {
   TensorView a, b;             // any strides; the last axis contiguous
   bool a_turned = false;       // a is (B,K,M)
   bool b_turned = false;       // b is (B,N,K)
+  TensorView packed;           // b as `product_pack_cpu` lays it out; absent: done here, for this product alone
   TensorView bias;             // contiguous; absent: zero
   TensorView out;              // the last axis contiguous; overlaps nothing else
   bool add = false;
@@ -21,6 +22,10 @@ struct TokenNormGradParams {
   TensorView rows, mean, rstd;  // (B,N,D), (B,N) contiguous
   TensorView grad;
 };
+
+// A right operand laid out once for several products: (B, product_packed_size) elements, contiguous.
+int64_t product_packed_size(DType dtype, int64_t n, int64_t k);
+void product_pack_cpu(const TensorView& b, bool b_turned, const TensorView& packed, int threads);
 
 // The result does not depend on the number of threads.
 void product_cpu(const ProductParams& params, int threads);
