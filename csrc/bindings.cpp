@@ -1,6 +1,7 @@
 // The module and its CPU half: one thin function per native entry point.
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string>
 
 #include "bindings.h"
@@ -17,6 +18,7 @@
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
+#include "vidops/slot_iterations.h"
 #include "vidops/slot_side.h"
 #include "vidops/sta_score.h"
 #include "vidops/symmetric_kl.h"
@@ -267,6 +269,25 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     vidops::product_cpu(p, threads);
   });
+  m.def("slot_iterations_forward_cpu",
+        [](capsule inputs, capsule slots, py::list weights, capsule token_mask, capsule slot_mask, capsule out,
+           capsule states, capsule dots, capsule attn, int64_t iters, int64_t groups, double eps, double denominator,
+           double ln_eps, int threads) {
+          vidops::SlotIterationsParams a;
+          a.inputs = view(inputs), a.slots = view(slots);
+          vidops::TensorView* const named[] = {
+              &a.key, &a.key_bias, &a.value, &a.value_bias, &a.norm_slots_weight, &a.norm_slots_bias, &a.q_weight,
+              &a.q_bias, &a.merge_weight, &a.merge_bias, &a.gru_weight_ih, &a.gru_weight_hh, &a.gru_bias_ih,
+              &a.gru_bias_hh, &a.norm_mlp_weight, &a.norm_mlp_bias, &a.mlp_weight1, &a.mlp_bias1, &a.mlp_weight2,
+              &a.mlp_bias2};
+          vidops::require(weights.size() == std::size(named), "weights: expected one entry for each");
+          for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<capsule>());
+          a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
+          a.out = view(out), a.states = view(states), a.dots = view(dots), a.attn = view(attn);
+          a.iters = iters, a.groups = groups, a.eps = eps, a.denominator = denominator, a.ln_eps = ln_eps;
+          py::gil_scoped_release release;
+          vidops::slot_iterations_forward_cpu(a, threads);
+        });
   m.def("token_norm_grad_cpu", [](capsule rows, capsule mean, capsule rstd, capsule grad, int threads) {
     vidops::TokenNormGradParams p;
     p.rows = view(rows), p.mean = view(mean), p.rstd = view(rstd), p.grad = view(grad);

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from vidops.ops import _slot_iterations
-from vidops.ops._slot_params import NAMES, SlotOptions, SlotParams, flat
+from vidops import _native
+from vidops.ops import _slot_backends, _slot_iterations
+from vidops.ops._slot_params import NAMES, SlotCall, SlotOptions, SlotParams, flat
 from vidops.reference.slot_attend import attend_backward, attend_forward
 from vidops.reference.slot_attention import slot_attention as reference
 
@@ -180,3 +181,75 @@ def test_choice_of_the_form(sizes, absorbed):
     one_pass = 2 * slots * heads * tokens * channels + slots * channels * (q_width + v_width)
     project = tokens * channels * (q_width + v_width) + iters * slots * tokens * (q_width + v_width)
     assert absorbed is (iters * one_pass <= project)
+
+
+NATIVE = pytest.mark.skipif(_native.C is None, reason=_native.WHY_NOT)
+# Those whose slots' side is different code.
+LEVELS = [name for name in _native.C.cpu_isas() if name != "avx512_bf16"] if _native.C is not None else []
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    _native.C.set_cpu_isa(request.param)
+    yield request.param
+    _native.C.set_cpu_isa("")
+
+
+def _native_call(seed: int) -> SlotCall:
+    call = SlotCall.of(*Draw(seed).call())
+    return call._replace(options=call.options._replace(joint_heads=False, activation="relu"))
+
+
+SINGLE_HEADS = [seed for seed in range(150) if _native_call(seed).options.heads == 1]
+
+
+@NATIVE
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("seed", SINGLE_HEADS)
+def test_native_iterations_are_the_reference(seed):
+    """Several heads take the driver."""
+    call = _native_call(seed)
+    arguments = call.inputs, call.slots, *flat(call.params), call.token_mask, call.slot_mask, *call.options
+    for got, want in zip(_slot_backends._cpu_iterations(call), reference(*arguments), strict=True):
+        _close(got, want)
+
+
+@NATIVE
+@pytest.mark.parametrize("gru", [False, True])
+def test_native_iterations_of_wide_slots(gru, level):
+    """Enough rows for weights that are laid out once, whose sizes are no multiple of anything; float32 against
+    float64, which is as near as PyTorch's own float32, and the same bits on any number of threads."""
+    g = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    d, hq, hv, hidden = 98, 70, 98 if not gru else 76, 130
+    shapes = {"q": (hq, d), "k": (hq, 83), "v": (hv, 83)}
+    weights = {f"{name}_weight": normal(*shape) * shape[1] ** -0.5 for name, shape in shapes.items()}
+    weights |= {"mlp_weight1": normal(hidden, d) / 10, "mlp_weight2": normal(d, hidden) / 10, "v_bias": normal(hv)}
+    weights |= {"mlp_bias2": normal(d), "norm_mlp_weight": normal(d)}
+    weights |= {"norm_slots_bias": normal(d), "k_bias": normal(hq)}
+    if gru:
+        weights |= {"gru_weight_ih": normal(3 * d, hv) / 9, "gru_weight_hh": normal(3 * d, d) / 10}
+        weights |= {"gru_bias_ih": normal(3 * d)}
+    options = SlotOptions(3, 1, hq**-0.5, False, 1, 1e-8, False, 0.0, 1e-5, "relu", "full", True, True, False)
+    wide = SlotCall(normal(5, 33, 83), normal(5, 17, d), SlotParams(**weights), None, None, options)
+    narrow = SlotParams(**{name: None if w is None else w.float() for name, w in vars(wide.params).items()})
+    call = wide._replace(inputs=wide.inputs.float(), slots=wide.slots.float(), params=narrow)
+
+    def plain(c):
+        return reference(c.inputs, c.slots, *flat(c.params), None, None, *c.options)
+
+    def error(found):
+        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, plain(wide), strict=True)]
+
+    runs = []
+    saved = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        runs.append(_slot_backends._cpu_iterations(call))
+    torch.set_num_threads(saved)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    for mine, torchs in zip(error(runs[0]), error(plain(call)), strict=True):
+        assert mine <= max(2 * torchs, 1e-6)

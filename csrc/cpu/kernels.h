@@ -119,6 +119,10 @@ struct SideKernels {
                  int64_t pitch);
   // One row of a LayerNorm's backward, in place.
   void (*norm_grad)(const T* x, int64_t width, T mean, T rstd, T* grad);
+  // One row of a LayerNorm with its affine; weight and bias may be null.
+  void (*normalise)(const T* x, int64_t width, T mean, T rstd, const T* weight, const T* bias, T* out);
+  // One row of a GRU in place, from the (3, width) projections of its input and of itself, in the order r, z, n.
+  void (*gru)(const T* from_update, const T* from_slots, int64_t width, T* slots);
 };
 
 template <class T>

@@ -678,7 +678,7 @@ constexpr Kernels<T> make_table() {
           wide_add<T>,
           absorb,
           slot_table<T>(),
-          {side_finish<T>, side_norm_grad<T>}};
+          {side_finish<T>, side_norm_grad<T>, side_normalise<T>, side_gru<T>}};
 }
 
 }  // namespace

@@ -37,3 +37,60 @@ void side_norm_grad(const T* x, int64_t width, T mean, T rstd, T* grad) {
                                    (load(x + c) - splat(mean)) * splat(rstd) * splat(projection)));
   for (; c < width; ++c) grad[c] = rstd * (grad[c] - sum - (x[c] - mean) * rstd * projection);
 }
+
+template <class T>
+void side_normalise(const T* x, int64_t width, T mean, T rstd, const T* weight, const T* bias, T* out) {
+  constexpr int W = Lanes<T>::W;
+  int64_t c = 0;
+  for (; c + W <= width; c += W) {
+    typename Lanes<T>::V v = (load(x + c) - splat(mean)) * splat(rstd);
+    if (weight) v *= load(weight + c);
+    if (bias) v += load(bias + c);
+    store(out + c, v);
+  }
+  for (; c < width; ++c) out[c] = (x[c] - mean) * rstd * (weight ? weight[c] : T(1)) + (bias ? bias[c] : T(0));
+}
+
+VIDOPS_INLINE VF sigmoid_of(VF x) { return splat(1.0f) / (splat(1.0f) + exp_vector(-x)); }
+VIDOPS_INLINE VF tanh_of(VF x) {
+  const VF size = x < splat(0.0f) ? -x : x;
+  const VF e = exp_vector(splat(-2.0f) * size), far = (splat(1.0f) - e) / (splat(1.0f) + e);
+  // Near zero that difference would lose its digits: the series, whose next term is below 1e-8 of x.
+  const VF s = x * x;
+  VF p = splat(62.0f / 2835);
+  p = p * s - splat(17.0f / 315);
+  p = p * s + splat(2.0f / 15);
+  p = p * s - splat(1.0f / 3);
+  return size < splat(0.25f) ? x + x * s * p : x < splat(0.0f) ? -far : far;
+}
+VIDOPS_INLINE VD sigmoid_of(VD x) {
+  for (int l = 0; l < kWide; ++l) x[l] = 1 / (1 + __builtin_exp(-x[l]));
+  return x;
+}
+VIDOPS_INLINE VD tanh_of(VD x) {
+  for (int l = 0; l < kWide; ++l) x[l] = __builtin_tanh(x[l]);
+  return x;
+}
+
+template <class T>
+void side_gru(const T* from_update, const T* from_slots, int64_t width, T* slots) {
+  constexpr int W = Lanes<T>::W;
+  for (int64_t c = 0; c < width; c += W) {
+    const int64_t here = width - c < W ? width - c : W;
+    typename Lanes<T>::V part[7] = {};  // r, z, n of both, and the slots
+    for (int i = 0; i < 7; ++i) {
+      const T* from = i == 6 ? slots + c : (i < 3 ? from_update : from_slots) + i % 3 * width + c;
+      if (here == W)
+        part[i] = load(from);
+      else
+        for (int64_t l = 0; l < here; ++l) part[i][l] = from[l];
+    }
+    const typename Lanes<T>::V reset = sigmoid_of(part[0] + part[3]), keep = sigmoid_of(part[1] + part[4]);
+    const typename Lanes<T>::V candidate = tanh_of(part[2] + reset * part[5]);
+    const typename Lanes<T>::V moved = (splat(T(1)) - keep) * candidate + keep * part[6];
+    if (here == W)
+      store(slots + c, moved);
+    else
+      for (int64_t l = 0; l < here; ++l) slots[c + l] = moved[l];
+  }
+}

@@ -122,8 +122,52 @@ _CPU = _slot_iterations.Attend(
 )
 
 
+def _one_call(call: SlotCall) -> bool:
+    """Whether native code runs all iterations of a forward: one head, in the absorbed form, ReLU, and no empty axis."""
+    p, options = call.params, call.options
+    if options.heads > 1 or options.joint_heads or (p.mlp_weight1 is not None and options.activation != "relu"):
+        return False
+    if not call.inputs.numel() or not call.slots.numel() or call.inputs.dtype != call.slots.dtype:
+        return False
+    tokens, channels = call.inputs.shape[1:]
+    widths = len(p.q_weight), len(p.v_weight)
+    return min(widths) > 0 and _slot_iterations.absorbs(
+        tokens, channels, call.slots.shape[1], options.iters, 1, *widths
+    )
+
+
+# The order of the native entry point, after the folded projections.
+_SIDE = (
+    *("norm_slots_weight", "norm_slots_bias", "q_weight", "q_bias", "merge_weight", "merge_bias"),
+    *("gru_weight_ih", "gru_weight_hh", "gru_bias_ih", "gru_bias_hh", "norm_mlp_weight", "norm_mlp_bias"),
+    *("mlp_weight1", "mlp_bias1", "mlp_weight2", "mlp_bias2"),
+)
+
+
+def _cpu_iterations(call: SlotCall) -> tuple[torch.Tensor, ...]:
+    options = call.options
+    run = _slot_iterations.Run(_CPU, call, True)
+    key = run.key[0] * options.scale, None if run.key_bias is None else run.key_bias[0] * options.scale
+    folded = *key, run.value[0], None if run.value_bias is None else run.value_bias[0]
+    weights = [*folded, *(getattr(run.params, name) for name in _SIDE)]
+    slots = call.slots.contiguous()
+    kept = options.iters if options.grad_mode == "full" else 1
+    map_shape = (*slots.shape[:2], call.inputs.shape[1])
+    dots, attn = (slots.new_empty(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
+    out, states = torch.empty_like(slots), slots.new_empty(kept, *slots.shape)
+    _native.C.slot_iterations_forward_cpu(
+        *_native_views(call.inputs, slots),
+        _native_views(slots, *(w if w is None else w.contiguous() for w in weights))[1:],
+        *_native_views(slots, run.token_mask, _words(run.slot_mask))[1:], *_native_views(out, states, dots, attn),
+        options.iters, options.groups, options.eps_add, options.denominator, options.ln_eps, _native.threads(),
+    )  # fmt: skip
+    return out, dots, attn, states
+
+
 def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    return _slot_iterations.forward(_CPU, *_backends.upcast(inputs), *args)
+    wide = _backends.upcast(inputs)
+    call = SlotCall.of(*wide, *args)
+    return _cpu_iterations(call) if _one_call(call) else _slot_iterations.forward(_CPU, *wide, *args)
 
 
 def cpu_backward(*args: Any) -> list[torch.Tensor]:

@@ -74,7 +74,7 @@ def forward(attend: Attend, *args: Any, absorbed: bool | None = None) -> tuple[t
     call = SlotCall.of(*args)
     options = call.options
     # Not in the backward, where what is laid out would come on top of the peak.
-    run = _Run(attend, call, absorbed, packs=options.iters > 1)
+    run = Run(attend, call, absorbed, packs=options.iters > 1)
     slots = call.slots.to(run.dtype)
     entering, dots, attn = [], None, None
     for step in range(options.iters):
@@ -107,7 +107,7 @@ def backward(
     """
     call = SlotCall.of(*args)
     options = call.options
-    run = _Run(attend, call, absorbed)
+    run = Run(attend, call, absorbed)
     dots_of_last, attn_of_last = _of_last(grad_dots, grad_attn, call)
     grad = grad_slots.to(run.dtype)
     for index in reversed(range(len(states))):
@@ -183,7 +183,7 @@ class _Step:
     attn: torch.Tensor | None  # where the token mask wants a gradient
 
 
-class _Run:
+class Run:
     """A call with its weights in the accumulation dtype; the backward adds the weights' gradients up in it."""
 
     def __init__(self, attend: Attend, call: SlotCall, absorbed: bool | None, packs: bool = False) -> None:
