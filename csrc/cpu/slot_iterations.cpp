@@ -30,20 +30,51 @@ const T* or_null(const TensorView& v) {
   return v.present() ? v.as<const T>() : nullptr;
 }
 
+// Scratch that the next call of a thread finds again, up to `kKept` bytes: fresh memory is paid for page by page, which
+// takes longer than a small product.
+class Scratch {
+ public:
+  Scratch() : blocks_(blocks()) {}
+  ~Scratch() {
+    int64_t total = 0;
+    for (const Block& block : blocks_) total += block.bytes;
+    if (total > kKept) blocks_.clear();
+  }
+  template <class T>
+  T* take(int64_t count) {
+    if (next_ == blocks_.size()) blocks_.emplace_back();
+    Block& block = blocks_[next_++];
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (block.bytes < bytes) block.memory.resize(bytes), block.bytes = bytes;
+    return reinterpret_cast<T*>(block.memory.get());
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t{16} << 20;
+  struct Block {
+    Buffer<char> memory;
+    int64_t bytes = 0;
+  };
+  static std::vector<Block>& blocks() {
+    thread_local std::vector<Block> kept;
+    return kept;
+  }
+  std::vector<Block>& blocks_;
+  size_t next_ = 0;
+};
+
 // A weight that the slots' rows are multiplied by, (out, in), or (in, out) if not `turned`.
 template <class T>
 struct Weight {
   TensorView matrix, packed;
   bool turned = true;
-  Buffer<T> memory;
 
-  void set(const TensorView& given, bool turned_, bool packs, int threads) {
+  void set(Scratch& scratch, const TensorView& given, bool turned_, bool packs, int threads) {
     turned = turned_;
     matrix = view_of(given.as<const T>(), {1, given.shape[0], given.shape[1]});
     if (!packs) return;
     const int64_t size = product_packed_size(matrix.dtype, outs(), ins());
-    memory.resize(size);
-    packed = view_of(memory.get(), {1, size});
+    packed = view_of(scratch.take<T>(size), {1, size});
     product_pack_cpu(matrix, turned, packed, threads);
   }
   int64_t outs() const { return matrix.shape[turned ? 1 : 2]; }
@@ -63,25 +94,26 @@ class Iterations {
         channels_(params.inputs.shape[2]),
         rows_(batch_ * slots_) {
     const bool packs = p_.iters > 1 && rows_ >= kPackedRows;
-    q_.set(p_.q_weight, true, packs, threads), key_.set(p_.key, false, packs, threads);
-    value_.set(p_.value, true, packs, threads);
+    q_.set(scratch_, p_.q_weight, true, packs, threads), key_.set(scratch_, p_.key, false, packs, threads);
+    value_.set(scratch_, p_.value, true, packs, threads);
     int64_t widest = std::max({width_, q_.outs(), value_.outs()});
-    if (p_.merge_weight.present()) merge_.set(p_.merge_weight, true, packs, threads);
+    if (p_.merge_weight.present()) merge_.set(scratch_, p_.merge_weight, true, packs, threads);
     if (p_.gru_weight_ih.present()) {
-      from_update_.set(p_.gru_weight_ih, true, packs, threads);
-      from_slots_.set(p_.gru_weight_hh, true, packs, threads);
+      from_update_.set(scratch_, p_.gru_weight_ih, true, packs, threads);
+      from_slots_.set(scratch_, p_.gru_weight_hh, true, packs, threads);
       widest = std::max(widest, 3 * width_);
     }
     if (p_.mlp_weight1.present()) {
-      first_.set(p_.mlp_weight1, true, packs, threads), second_.set(p_.mlp_weight2, true, packs, threads);
+      first_.set(scratch_, p_.mlp_weight1, true, packs, threads);
+      second_.set(scratch_, p_.mlp_weight2, true, packs, threads);
       widest = std::max(widest, first_.outs());
     }
     if (p_.merge_weight.present()) widest = std::max(widest, merge_.outs());
-    for (Buffer<T>* wide : {&a_, &b_}) wide->resize(rows_ * widest);
-    if (p_.gru_weight_ih.present()) gates_.resize(rows_ * 3 * width_);
-    for (Buffer<T>* row : {&token_q_, &num_}) row->resize(rows_ * channels_);
-    for (Buffer<T>* one : {&c_, &den_}) one->resize(rows_);
-    mean_.resize(batch_ * tokens_), rstd_.resize(batch_ * tokens_);
+    for (T** wide : {&a_, &b_}) *wide = scratch_.take<T>(rows_ * widest);
+    if (p_.gru_weight_ih.present()) gates_ = scratch_.take<T>(rows_ * 3 * width_);
+    for (T** row : {&token_q_, &num_}) *row = scratch_.take<T>(rows_ * channels_);
+    for (T** one : {&c_, &den_}) *one = scratch_.take<T>(rows_);
+    for (T** token : {&mean_, &rstd_}) *token = scratch_.take<T>(batch_ * tokens_);
   }
 
   void run() {
@@ -97,38 +129,38 @@ class Iterations {
 
  private:
   void iterate(T* slots, bool first, bool last) {
-    normalise(slots, p_.norm_slots_weight, p_.norm_slots_bias, a_.get());
-    product(a_.get(), q_, p_.q_bias, b_.get());
-    product(b_.get(), key_, {}, token_q_.get());
+    normalise(slots, p_.norm_slots_weight, p_.norm_slots_bias, a_);
+    product(a_, q_, p_.q_bias, b_);
+    product(b_, key_, {}, token_q_);
     for (int64_t r = 0; r < rows_; ++r)
-      c_[r] = p_.key_bias.present() ? kn_.dot(b_.get() + r * q_.outs(), p_.key_bias.template as<T>(), q_.outs()) : T(0);
+      c_[r] = p_.key_bias.present() ? kn_.dot(b_ + r * q_.outs(), p_.key_bias.template as<T>(), q_.outs()) : T(0);
     attend(first, last);
 
-    T *heads = a_.get(), *update = heads;
+    T *heads = a_, *update = heads;
     for (int64_t r = 0; r < rows_; ++r) {
       const T total = den_[r] + T(p_.denominator);
-      T* row = num_.get() + r * channels_;
+      T* row = num_ + r * channels_;
       for (int64_t i = 0; i < channels_; ++i) row[i] /= total;
       den_[r] /= total;
     }
-    product(num_.get(), value_, {}, heads);
+    product(num_, value_, {}, heads);
     for (int64_t r = 0; p_.value_bias.present() && r < rows_; ++r)
       kn_.axpy(den_[r], p_.value_bias.template as<T>(), heads + r * value_.outs(), value_.outs());
-    if (p_.merge_weight.present()) product(heads, merge_, p_.merge_bias, update = b_.get());
+    if (p_.merge_weight.present()) product(heads, merge_, p_.merge_bias, update = b_);
     if (p_.gru_weight_ih.present()) {
-      T* projected = update == a_.get() ? b_.get() : a_.get();
+      T* projected = update == a_ ? b_ : a_;
       product(update, from_update_, p_.gru_bias_ih, projected);
-      product(slots, from_slots_, p_.gru_bias_hh, gates_.get());
+      product(slots, from_slots_, p_.gru_bias_hh, gates_);
       for_rows([&](int64_t r) {
-        kn_.side.gru(projected + r * 3 * width_, gates_.get() + r * 3 * width_, width_, slots + r * width_);
+        kn_.side.gru(projected + r * 3 * width_, gates_ + r * 3 * width_, width_, slots + r * width_);
       });
     } else {
       kn_.axpy(T(1), update, slots, rows_ * width_);
     }
     if (!p_.mlp_weight1.present()) return;
-    normalise(slots, p_.norm_mlp_weight, p_.norm_mlp_bias, a_.get());
-    T* hidden = b_.get();
-    product(a_.get(), first_, p_.mlp_bias1, hidden);
+    normalise(slots, p_.norm_mlp_weight, p_.norm_mlp_bias, a_);
+    T* hidden = b_;
+    product(a_, first_, p_.mlp_bias1, hidden);
     // Not a maximum, which would lose what is not a number.
     for (int64_t i = 0; i < rows_ * first_.outs(); ++i) hidden[i] = hidden[i] < T(0) ? T(0) : hidden[i];
     product(hidden, second_, p_.mlp_bias2, slots, true);
@@ -141,11 +173,11 @@ class Iterations {
     rows.rank = 4, rows.shape[1] = 1, rows.shape[2] = tokens_, rows.shape[3] = channels_;
     rows.stride[2] = p_.inputs.stride[1], rows.stride[3] = 1, rows.stride[1] = 0;
     a.keys = a.values = rows;
-    a.mean = view_of(mean_.get(), {batch_, tokens_}), a.rstd = view_of(rstd_.get(), {batch_, tokens_});
-    a.q = view_of(token_q_.get(), {batch_, 1, slots_, channels_}), a.c = view_of(c_.get(), {batch_, 1, slots_});
+    a.mean = view_of(mean_, {batch_, tokens_}), a.rstd = view_of(rstd_, {batch_, tokens_});
+    a.q = view_of(token_q_, {batch_, 1, slots_, channels_}), a.c = view_of(c_, {batch_, 1, slots_});
     a.token_mask = p_.token_mask, a.slot_mask = p_.slot_mask;
     a.groups = p_.groups, a.eps = p_.eps;
-    a.num = view_of(num_.get(), {batch_, 1, slots_, channels_}), a.den = view_of(den_.get(), {batch_, 1, slots_});
+    a.num = view_of(num_, {batch_, 1, slots_, channels_}), a.den = view_of(den_, {batch_, 1, slots_});
     auto map = [&](const TensorView& v) {
       return last && v.present() ? view_of(v.as<const T>(), {batch_, 1, slots_, tokens_}) : TensorView();
     };
@@ -186,8 +218,9 @@ class Iterations {
   const Kernels<T>& kn_ = kernels<T>();
   const int threads_;
   const int64_t batch_, slots_, width_, tokens_, channels_, rows_;
+  Scratch scratch_;
   Weight<T> q_, key_, value_, merge_, from_update_, from_slots_, first_, second_;
-  Buffer<T> a_, b_, gates_, token_q_, num_, c_, den_, mean_, rstd_;
+  T *a_, *b_, *gates_ = nullptr, *token_q_, *num_, *c_, *den_, *mean_, *rstd_;
 };
 
 template <class T>

@@ -20,7 +20,9 @@
 #include "vidops/neighbour_mean.h"
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend.h"
+#include "vidops/slot_iterations.h"
 #include "vidops/slot_side.h"
+#include "vidops/sta_score.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/video_attention.h"
@@ -696,12 +698,17 @@ void slot_product(const ProductShape& s, bool a_turned, bool b_turned, bool add)
                  double(b_turned ? b.at(item * s.n + j, d) : b.at(item * s.k + d, j));
         want.push_back(sum);
       }
-  for (int threads : {1, 3}) {
+  Array<T> packed({s.batch, product_packed_size(dtype_of<T>(), s.n, s.k)});
+  product_pack_cpu(b.view(), b_turned, packed.view(), 2);
+  expect(packed.guarded(), "packed guard");
+  for (int turn = 0; turn < 4; ++turn) {
+    const int threads = turn % 2 ? 3 : 1;
     Array<T> out({s.batch, s.m, s.n}, 2);
     if (add)
       for (int64_t row = 0; row < s.batch * s.m; ++row) std::fill_n(&out.at(row, 0), s.n, T(0.5));
     ProductParams p;
     p.a = a.view(), p.a_turned = a_turned, p.b = b.view(), p.b_turned = b_turned;
+    if (turn > 1 && packed.width()) p.packed = packed.view();
     p.bias = bias.view(), p.out = out.view(), p.add = add;
     product_cpu(p, threads);
     close(out, want, "slot product");
@@ -729,8 +736,82 @@ void token_norm_grad(int64_t batch, int64_t tokens, int64_t width) {
   close(grad, want, "token norm grad");
 }
 
+struct IterationsShape {
+  int64_t batch, tokens, channels, slots, width, hq, hv, hidden;
+  bool gru;
+};
+
+// Against the operators it is made of where those are plain: here what sanitizers, guards and threads say.
+template <class T>
+void iterations(const IterationsShape& s) {
+  auto x = normal<T>({s.batch, s.tokens, s.channels}, 1, 3), slots = normal<T>({s.batch, s.slots, s.width}, 1, 0);
+  auto weight = [](int64_t outs, int64_t ins) { return normal<T>({outs, ins}, 1 / std::sqrt(double(ins)), 0); };
+  auto key = weight(s.hq, s.channels), value = weight(s.hv, s.channels), q = weight(s.hq, s.width);
+  auto merge = weight(s.width, s.hv), ih = weight(3 * s.width, s.width), hh = weight(3 * s.width, s.width);
+  auto first = weight(s.hidden, s.width), second = weight(s.width, s.hidden);
+  auto key_bias = normal<T>({s.hq}, 1, 0), value_bias = normal<T>({s.hv}, 1, 0), shift = normal<T>({s.width}, 1, 0);
+  std::vector<Array<T>> outs;
+  for (int threads : {1, 3}) {
+    Array<T> out({s.batch, s.slots, s.width}), states({3, s.batch, s.slots, s.width});
+    Array<T> dots({s.batch, s.slots, s.tokens}), attn({s.batch, s.slots, s.tokens});
+    SlotIterationsParams p;
+    p.inputs = x.view(), p.slots = slots.view(), p.key = key.view(), p.value = value.view(), p.q_weight = q.view();
+    p.key_bias = key_bias.view(), p.value_bias = value_bias.view(), p.norm_slots_bias = shift.view();
+    p.merge_weight = merge.view(), p.merge_bias = shift.view();
+    if (s.gru) p.gru_weight_ih = ih.view(), p.gru_weight_hh = hh.view();
+    if (s.hidden) p.mlp_weight1 = first.view(), p.mlp_weight2 = second.view(), p.mlp_bias2 = shift.view();
+    p.out = out.view(), p.states = states.view(), p.dots = dots.view(), p.attn = attn.view();
+    p.iters = 3, p.eps = 1e-8;
+    slot_iterations_forward_cpu(p, threads);
+    expect(out.guarded() && states.guarded() && dots.guarded() && attn.guarded(), "iterations guard");
+    for (int64_t token = 0; token < s.tokens; ++token) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < s.slots; ++slot) sum += double(attn.at(slot, token));
+      expect(std::abs(sum - 1) < 1e-5, "iterations: a softmax over the slots");
+    }
+    for (int64_t i = 0; i < slots.rows * s.width; ++i)
+      expect(states.data[i] == slots.data[i] && std::isfinite(double(out.data[i])), "iterations: the first state");
+    outs.push_back(out), outs.push_back(dots);
+  }
+  expect(outs[0].same_bits(outs[2]) && outs[1].same_bits(outs[3]), "iterations: threads");
+}
+
+// Pruned tokens are the rows that `keep` names, whatever the threads and the dtype they are moved in.
+template <class T>
+void pruning(int64_t batch, int64_t frames, int64_t tokens, int64_t width, int64_t keys, int64_t dropped,
+             bool reverse) {
+  auto x = normal<T>({batch, frames * tokens, width}, 1, 3), metric = normal<T>({batch, frames * tokens, keys}, 1, 1);
+  const int64_t kept_tokens = tokens - dropped, even = (tokens + 1) / 2;
+  std::vector<Array<T>> runs;
+  for (int threads : {1, 3}) {
+    Array<T> kept({batch, frames * kept_tokens, width}), similarity({batch, even});
+    Array<T> activation({batch, frames, tokens}), acc({batch, frames, tokens}), score({batch, frames, tokens});
+    Array<int64_t> keep({batch, frames, kept_tokens}), order({batch, tokens});
+    StaScoreParams p;
+    p.x = p.source = x.view(), p.metric = metric.view(), p.kept = kept.view(), p.keep = keep.view();
+    p.activation = activation.view(), p.acc = acc.view(), p.score = score.view();
+    p.first_order = order.view(), p.first_similarity = similarity.view(), p.reverse = reverse;
+    sta_score_forward_cpu(p, threads);
+    expect(kept.guarded() && keep.guarded() && order.guarded() && similarity.guarded(), "pruning guard");
+    expect(activation.guarded() && acc.guarded() && score.guarded(), "pruning guard of figures");
+    for (int64_t group = 0; group < batch * frames; ++group)
+      for (int64_t k = 0; k < kept_tokens; ++k) {
+        const int64_t row = group * kept_tokens + k, from = group * tokens + keep.at(group, k);
+        expect(!std::memcmp(&kept.at(row, 0), &x.at(from, 0), sizeof(T) * width), "pruning: a kept row");
+      }
+    runs.push_back(kept), runs.push_back(score);
+  }
+  expect(runs[0].same_bits(runs[2]) && runs[1].same_bits(runs[3]), "pruning: threads");
+}
+
 template <class T>
 void everything() {
+  iterations<T>({2, 33, 17, 5, 9, 7, 9, 0, false});
+  iterations<T>({1, 1, 1, 1, 1, 1, 1, 3, true});
+  iterations<T>({5, 40, 83, 17, 98, 70, 98, 130, true});  // weights that are laid out once
+  pruning<T>(2, 3, 21, 37, 9, 5, false);
+  pruning<T>(1, 2, 131, 16, 64, 40, true);
+  pruning<T>(1, 1, 1, 3, 1, 0, false);
   for (const Shape& s :
        {Shape{1, 1, 1, 1, 1}, Shape{2, 3, 17, 33, 5}, Shape{1, 2, 65, 131, 48}, Shape{1, 2, 3, 7, 131}})
     for (double drop : {0.0, 0.3}) attention<T>(s, drop);
@@ -749,7 +830,7 @@ void everything() {
   slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});
   slot_attend<T>({1, 2, 4, 63, 5, 17, false, true, false, 2});
   for (const ProductShape& p : {ProductShape{1, 1, 1, 1}, ProductShape{2, 15, 33, 129}, ProductShape{1, 114, 130, 40},
-                                ProductShape{1, 5, 31, 1030}, ProductShape{1, 3, 5, 0}, ProductShape{0, 3, 5, 2}})
+                                ProductShape{1, 5, 31, 1030}, ProductShape{2, 70, 67, 100}, ProductShape{1, 3, 5, 0}, ProductShape{0, 3, 5, 2}})
     for (int form = 0; form < 8; ++form) slot_product<T>(p, form & 1, form & 2, form & 4);
   for (int64_t width : {1, 16, 37}) token_norm_grad<T>(2, 65, width);
   propagation<T>(1, 1, 1, 1, 3, 1, 1, 0);
