@@ -1,9 +1,9 @@
-"""The clustering window and slot attention on a card: ``python bench/gpu_window.py [--quick] [--long] [--json FILE]``.
+"""Our ops on a card: ``python bench/gpu_window.py [--quick] [--long] [--json FILE]``.
 
-Every step of the window and the window itself, at the sizes of a 320 x 480 video, attention with its map, and slot
-attention at published sizes, in one process with its peers:
-the public algorithm in eager PyTorch (float32, and with TF32 products), compiled, Triton and CUDA. Errors are
-against float64 on the same card; a variant that is wrong gets FAILED and no time.
+Every step of the clustering window and the window itself, at the sizes of a 320 x 480 video, attention with its map,
+slot attention and token pruning at published sizes, in one process with their peers: the public algorithms in eager
+PyTorch (float32, and with TF32 products), compiled, Triton and CUDA. Errors are against float64 on the same card; a
+variant that is wrong gets FAILED and no time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import gpu_attention
 import gpu_propagation
+import gpu_prune
 import gpu_slots
 import torch
 from gpu_record import BENCH_HEADER, bench_line
@@ -383,6 +384,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.empty_cache()
     chosen = gpu_slots.WORKLOADS[:1] if options.quick else gpu_slots.WORKLOADS
     run_groups("slots", gpu_slots.groups(device, backends, compiled=True, workloads=chosen))
+    pruned = gpu_prune.WORKLOADS[:2] if options.quick else gpu_prune.WORKLOADS
+    run_groups("pruning", gpu_prune.groups(device, backends, compiled=True, workloads=pruned))
     if not options.quick:
         found["long_video"] = [long_video(b, device) for b in with_ops(backends, CLUSTER_OPS)]
     save()

@@ -11,6 +11,7 @@ from pathlib import Path
 import gpu_attention
 import gpu_check
 import gpu_propagation
+import gpu_prune
 import gpu_record
 import gpu_slots
 import gpu_smoke
@@ -19,6 +20,7 @@ import gpu_window
 import propagation
 import pytest
 import slots
+import sta
 import torch
 from gpu_check import FAILED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Step
 
@@ -462,6 +464,7 @@ def window_groups():
     small = (slots.Workload("gated", 2, 33, 24, 5, 16), slots.Workload("residual", 2, 17, 16, 3, 8, False, True))
     found += gpu_slots.groups(CPU, ["cpu"], False, small)
     found += gpu_propagation.groups(propagation.Workload("", (4, 7), 2.5, 5), CPU, ["cpu"], compiled=False)
+    found += gpu_prune.groups(CPU, ["cpu"], False, (sta.Workload("pruning", 2, 4, 21, 16, 8, 6, True),))
     return {group.name: group for group in found}
 
 
@@ -487,6 +490,8 @@ def test_bench_rows(window_groups):
     ("gated, forward bf16", lambda outs: [outs[0] + 0.1]),
     ("residual, fwd+bwd fp32", lambda outs: [*outs[:-1], outs[-1] * 1.001]),
     ("propagation fp32", lambda out: out.roll(1, 0)),
+    ("pruning fp32", lambda outs: (outs[0].roll(1, 1), outs[1])),
+    ("pruning fp16", lambda outs: (outs[0], outs[1].roll(1, 2))),
     ("propagation bf16", lambda out: out * 1.001),
     ("attention fwd+bwd bf16", lambda outs: (outs[0] * torch.nan, *outs[1:])),
 ])  # fmt: skip
