@@ -333,47 +333,56 @@ void slot_softmax_grad(const SlotSoftmaxGrad<T>& given) {
   }
 }
 
-// Of (x - centre) or of its square, sums in double that lanes still hold: an error of a row's statistics is one of all
-// its dots, which iterations magnify.
-template <class T, bool SQUARE>
-VIDOPS_INLINE VD row_sums(const T* x, int64_t width, double centre) {
-  const VD away = splat(centre);
-  VD s[4] = {};
+// Sums of x - origin and of its square that lanes still hold, in double: an error of a row's statistics is one of all its
+// dots, which iterations magnify. From an element of the row as origin both are as large as the row spreads, so that one
+// pass is enough.
+template <class T>
+VIDOPS_INLINE void row_sums(const T* x, int64_t width, double origin, VD* sum, VD* square) {
+  const VD away = splat(origin);
+  VD s[4] = {}, q[4] = {};
   int64_t c = 0;
   for (; c + 4 * kWide <= width; c += 4 * kWide)
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
       const VD d = wide(x + c + u * kWide) - away;
-      s[u] += SQUARE ? d * d : d;
+      s[u] += d;
+      q[u] += d * d;
     }
   for (; c + kWide <= width; c += kWide) {
     const VD d = wide(x + c) - away;
-    s[0] += SQUARE ? d * d : d;
+    s[0] += d;
+    q[0] += d * d;
   }
   for (int l = 0; c < width; ++c, ++l) {
-    const double d = double(x[c]) - centre;
-    s[1][l] += SQUARE ? d * d : d;
+    const double d = double(x[c]) - origin;
+    s[1][l] += d;
+    q[1][l] += d * d;
   }
-  return (s[0] + s[1]) + (s[2] + s[3]);
+  *sum = (s[0] + s[1]) + (s[2] + s[3]);
+  *square = (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// As many rows at a time as a vector has lanes: the sums of one would wait for its mean, and its mean for its sums.
+// As many rows at a time as a vector has lanes.
 template <class T>
 void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd) {
+  const VD size = splat(double(width));
   for (int64_t first = 0; first < count; first += kWide) {
     const int rows = count - first < kWide ? count - first : kWide;
-    VD sums[kWide] = {};
-    for (int r = 0; r < rows; ++r) sums[r] = row_sums<T, false>(x + (first + r) * pitch, width, 0);
-    const VD centre = lane_sums<double, kWide>(sums) / splat(double(width));
-    for (int r = 0; r < rows; ++r) sums[r] = row_sums<T, true>(x + (first + r) * pitch, width, centre[r]);
-    const VD square = lane_sums<double, kWide>(sums);
-    double scale[kWide];
-    for (int r = 0; r < kWide; ++r) scale[r] = 1 / __builtin_sqrt(square[r] / double(width) + double(eps));
+    VD sums[kWide] = {}, squares[kWide] = {}, origin = {};
     for (int r = 0; r < rows; ++r) {
-      const T size = T(square[r]);
-      mean[first + r] = T(centre[r]);
+      const T* row = x + (first + r) * pitch;
+      origin[r] = width ? double(row[0]) : 0;
+      row_sums(row, width, origin[r], &sums[r], &squares[r]);
+    }
+    const VD away = lane_sums<double, kWide>(sums) / size;
+    const VD variance = lane_sums<double, kWide>(squares) / size - away * away;
+    for (int r = 0; r < rows; ++r) {
+      const double least = variance[r] < 0 ? 0 : variance[r];  // not a maximum, which would lose what is not a number
+      const T total = T(least * double(width));
+      mean[first + r] = T(origin[r] + away[r]);
       // Of a variance that overflows in T the reciprocal is 0, on every backend.
-      rstd[first + r] = size > T(0) && size == 2 * size ? T(0) : T(scale[r]);
+      rstd[first + r] =
+          total > T(0) && total == 2 * total ? T(0) : T(1 / __builtin_sqrt(least + double(eps)));
     }
   }
 }
