@@ -271,8 +271,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("slot_iterations_forward_cpu",
         [](capsule inputs, capsule slots, py::list weights, capsule token_mask, capsule slot_mask, capsule out,
-           capsule states, capsule dots, capsule attn, int64_t iters, int64_t groups, double eps, double denominator,
-           double ln_eps, int threads) {
+           capsule states, capsule dots, capsule attn, int64_t iters, int64_t groups, double scale, double eps,
+           double denominator, double ln_eps, int threads) {
           vidops::SlotIterationsParams a;
           a.inputs = view(inputs), a.slots = view(slots);
           vidops::TensorView* const named[] = {
@@ -284,7 +284,8 @@ PYBIND11_MODULE(_C, m) {
           for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<capsule>());
           a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
           a.out = view(out), a.states = view(states), a.dots = view(dots), a.attn = view(attn);
-          a.iters = iters, a.groups = groups, a.eps = eps, a.denominator = denominator, a.ln_eps = ln_eps;
+          a.iters = iters, a.groups = groups, a.scale = scale, a.eps = eps;
+          a.denominator = denominator, a.ln_eps = ln_eps;
           py::gil_scoped_release release;
           vidops::slot_iterations_forward_cpu(a, threads);
         });

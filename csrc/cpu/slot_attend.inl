@@ -333,9 +333,9 @@ void slot_softmax_grad(const SlotSoftmaxGrad<T>& given) {
   }
 }
 
-// Sums of x - origin and of its square that lanes still hold, in double: an error of a row's statistics is one of all its
-// dots, which iterations magnify. From an element of the row as origin both are as large as the row spreads, so that one
-// pass is enough.
+// Sums of x - origin and of its square that lanes still hold, in double: an error of a row's statistics is one of all
+// its dots, which iterations magnify. From an element of the row as origin both are as large as the row spreads, so
+// that one pass is enough.
 template <class T>
 VIDOPS_INLINE void row_sums(const T* x, int64_t width, double origin, VD* sum, VD* square) {
   const VD away = splat(origin);

@@ -131,6 +131,7 @@ class Iterations {
   void iterate(T* slots, bool first, bool last) {
     normalise(slots, p_.norm_slots_weight, p_.norm_slots_bias, a_);
     product(a_, q_, p_.q_bias, b_);
+    kn_.scaled_copy(T(p_.scale), b_, b_, rows_ * q_.outs());
     product(b_, key_, {}, token_q_);
     for (int64_t r = 0; r < rows_; ++r)
       c_[r] = p_.key_bias.present() ? kn_.dot(b_ + r * q_.outs(), p_.key_bias.template as<T>(), q_.outs()) : T(0);

@@ -2,8 +2,8 @@
 //
 // What a token of the group before spreads over the tokens of this group is a row of the product of their keys, so the
 // product is taken a panel of such tokens at a time: exponentials and their sum along the row, then the row is added
-// to what has accumulated. A panel adds up in T, a run of panels in double, the runs in order: no result depends on the
-// number of threads, and a score is rounded about once. Nothing of size N x K is kept. Every element is one sum over
+// to what has accumulated. A few rows add up in T, a run of panels in double, the runs in order: no result depends on
+// the number of threads, and a score is rounded about once. Nothing of size N x K is kept. Every element is one sum over
 // the channels in order, so equal tokens get equal scores wherever they are.
 #include "vidops/sta_score.h"
 
@@ -16,6 +16,7 @@ namespace vidops::cpu {
 namespace {
 
 constexpr int64_t kMaxRuns = 64;
+constexpr int64_t kShort = 16;  // rows that are added up in T
 
 template <class T>
 class Clip {
@@ -24,18 +25,20 @@ class Clip {
       : p_(params),
         copy_(copy),
         kn_(kernels<T>()),
+        g_(unit_gemm<T>(params.metric.shape[2])),
         frames_(frames),
         tokens_(params.x.shape[1] / frames),
         kept_(params.keep.shape[2]),
         width_(params.metric.shape[2]),
-        columns_(round_up(tokens_, kn_.gemm.nr)),
-        panels_(ceil_div(ceil_div(tokens_, kn_.gemm.mr), kMaxRuns)),
+        depth_(round_up(width_, g_.k_align)),
+        columns_(round_up(tokens_, g_.nr)),
+        panels_(ceil_div(ceil_div(tokens_, g_.mr), kMaxRuns)),
         matcher_(tokens_, width_) {
     unit_.resize(frames_ * tokens_ * width_);
     finite_.resize(static_cast<size_t>(frames_ * tokens_));
     total_.resize(static_cast<size_t>(frames_ * tokens_));
-    right_.resize(columns_ * width_);
-    partial_.resize(std::min(kMaxRuns, ceil_div(tokens_, kn_.gemm.mr)) * columns_);
+    right_.resize(columns_ * depth_ * g_.elem);
+    partial_.resize(std::min(kMaxRuns, ceil_div(tokens_, g_.mr)) * columns_);
     order_.resize(static_cast<size_t>(tokens_));
     refer_.resize(static_cast<size_t>(tokens_));
     weight_.resize(static_cast<size_t>(tokens_));
@@ -101,9 +104,9 @@ class Clip {
   }
 
   void next(int64_t b, int64_t before, int64_t t, int threads) {
-    const Gemm<T>& g = kn_.gemm;
-    pack_panels(g, false, [&](int64_t n) { return unit(t, n); }, tokens_, width_, (const T*)nullptr, T(1), 0, width_,
-                reinterpret_cast<char*>(right_.get()));
+    const Gemm<T>& g = g_;
+    pack_panels(g, false, [&](int64_t n) { return unit(t, n); }, tokens_, width_, (const T*)nullptr, T(1), 0, depth_,
+                right_.get());
     const int64_t panels = ceil_div(referred_, g.mr), runs = ceil_div(panels, panels_);
     parallel_for(runs, threads, [&](int64_t run, int) {
       double* total = partial_.get() + run * columns_;
@@ -134,38 +137,42 @@ class Clip {
 
   // What a panel of tokens of the group before accumulates in every token of this one.
   void spread(int64_t before, int64_t panel, double* total) {
-    const Gemm<T>& g = kn_.gemm;
+    const Gemm<T>& g = g_;
     const int64_t from = panel * g.mr, count = std::min<int64_t>(g.mr, referred_ - from);
-    thread_local Buffer<T> left, cosine, sum;
+    thread_local Buffer<char> left;
+    thread_local Buffer<T> cosine, sum;
     thread_local int64_t room = 0;
-    if (room < g.mr * (columns_ + width_)) {
-      room = g.mr * (columns_ + width_);
-      left.resize(room);
+    if (room < g.mr * (columns_ + depth_)) {
+      room = g.mr * (columns_ + depth_);
+      left.resize(room * g.elem);
       cosine.resize(room);
       sum.resize(room);
     }
     pack_panels(g, true, [&](int64_t k) { return unit(before, refer_[from + k]); }, count, width_, (const T*)nullptr,
-                T(1), 0, width_, reinterpret_cast<char*>(left.get()));
-    g.run(1, columns_ / g.nr, width_, left.get(), right_.get(), cosine.get(), columns_);
+                T(1), 0, depth_, left.get());
+    g.run(1, columns_ / g.nr, depth_, left.get(), right_.get(), cosine.get(), columns_);
     for (int64_t k = 0; k < count; ++k) {
       T* row = cosine.get() + k * columns_;
       const T spread_over = kn_.exp_sum(row, tokens_, T(0));  // cosines: no maximum need be taken off
       const T weight = T(weight_[from + k] / double(spread_over));
       // Whole vectors, padding included: a tail of scalars could round otherwise than the vectors before it.
-      if (k == 0)
+      if (k % kShort == 0)
         kn_.scaled_copy(weight, row, sum.get(), columns_);
       else
         kn_.axpy(weight, row, sum.get(), columns_);
+      if (k % kShort == kShort - 1 || k == count - 1) kn_.wide_axpy(sum.get(), total, columns_);
     }
-    kn_.wide_axpy(sum.get(), total, columns_);
   }
 
   const StaScoreParams& p_;
   const RowCopy* copy_;
   const Kernels<T>& kn_;
-  int64_t frames_, tokens_, kept_, width_, columns_, panels_ /* of a run */, referred_ = 0;
+  const Gemm<T>& g_;
+  int64_t frames_, tokens_, kept_, width_, depth_ /* channels with padding */, columns_, panels_ /* of a run */;
+  int64_t referred_ = 0;
   Matcher<T> matcher_;
-  Buffer<T> unit_, right_;
+  Buffer<T> unit_;
+  Buffer<char> right_;
   Buffer<double> partial_;
   std::vector<uint8_t> finite_;
   std::vector<double> total_, weight_;

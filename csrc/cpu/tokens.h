@@ -75,6 +75,14 @@ bool unit_row(const Kernels<T>& kn, const T* x, int64_t width, T* y) {
   return true;
 }
 
+// What multiplies unit keys: float32, or three bf16 parts of it. Each element is one sum over the channels in order.
+template <class T>
+const Gemm<T>& unit_gemm(int64_t width) {
+  if constexpr (sizeof(T) == 4)
+    if (const Gemm<T>* tiles = width >= 16 ? three_part_gemm(cpu_isa_level()) : nullptr) return *tiles;
+  return kernels<T>().gemm;
+}
+
 // The cosine of two keys, rounded once.
 template <class T>
 T cosine(const Kernels<T>& kn, const T* x, const T* y, int64_t width) {
@@ -100,30 +108,29 @@ template <class T>
 class Matcher {
  public:
   explicit Matcher(int64_t tokens, int64_t width)
-      : kn_(kernels<T>()), even_((tokens + 1) / 2), odd_(tokens / 2), width_(width),
-        slack_(T(2 * (width + 4)) * std::numeric_limits<T>::epsilon() / 2) {
-    const Gemm<T>& g = kn_.gemm;
-    columns_ = round_up(odd_, g.nr);
-    left_.resize(g.mr * width);
-    right_.resize(columns_ * width);
-    cosine_.resize(g.mr * columns_);
+      : kn_(kernels<T>()), g_(unit_gemm<T>(width)), even_((tokens + 1) / 2), odd_(tokens / 2), width_(width),
+        depth_(round_up(width, g_.k_align)), slack_(T(2 * (width + 4)) * std::numeric_limits<T>::epsilon() / 2) {
+    columns_ = round_up(odd_, g_.nr);
+    left_.resize(g_.mr * depth_ * g_.elem);
+    right_.resize(columns_ * depth_ * g_.elem);
+    cosine_.resize(g_.mr * columns_);
   }
 
   // finite[n]: whether key n is. partner may be null.
   void run(const T* key, int64_t pitch, const T* unit, const uint8_t* finite, bool class_token, bool distill_token,
            int64_t* order, T* similarity, int64_t* partner) {
-    const Gemm<T>& g = kn_.gemm;
+    const Gemm<T>& g = g_;
     const T none = -std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
     pack_panels(g, false, [&](int64_t j) { return unit + (2 * j + 1) * width_; }, odd_, width_, (const T*)nullptr,
-                T(1), 0, width_, reinterpret_cast<char*>(right_.get()));
+                T(1), 0, depth_, right_.get());
     int64_t broken = distill_token ? 1 : 0;  // the first odd token that is not finite, and takes part
     while (broken < odd_ && finite[2 * broken + 1]) ++broken;
     const int64_t first = distill_token ? 1 : 0;
     for (int64_t i0 = 0; i0 < even_; i0 += g.mr) {
       const int64_t count = std::min<int64_t>(g.mr, even_ - i0);
       pack_panels(g, true, [&](int64_t i) { return unit + 2 * (i0 + i) * width_; }, count, width_, (const T*)nullptr,
-                  T(1), 0, width_, reinterpret_cast<char*>(left_.get()));
-      if (odd_) g.run(1, columns_ / g.nr, width_, left_.get(), right_.get(), cosine_.get(), columns_);
+                  T(1), 0, depth_, left_.get());
+      if (odd_) g.run(1, columns_ / g.nr, depth_, left_.get(), right_.get(), cosine_.get(), columns_);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t i = i0 + r;
         const T* row = cosine_.get() + r * columns_;
@@ -153,9 +160,12 @@ class Matcher {
 
  private:
   const Kernels<T>& kn_;
+  const Gemm<T>& g_;
   int64_t even_, odd_, width_, columns_ = 0;
+  int64_t depth_;  // channels with padding
   T slack_;  // by which the product of two unit keys may miss another that is as large
-  Buffer<T> left_, right_, cosine_;
+  Buffer<char> left_, right_;
+  Buffer<T> cosine_;
   IndexSort sort_;
 };
 

@@ -147,8 +147,7 @@ _SIDE = (
 def _cpu_iterations(call: SlotCall) -> tuple[torch.Tensor, ...]:
     options = call.options
     run = _slot_iterations.Run(_CPU, call, True)
-    key = run.key[0] * options.scale, None if run.key_bias is None else run.key_bias[0] * options.scale
-    folded = *key, run.value[0], None if run.value_bias is None else run.value_bias[0]
+    folded = (None if t is None else t[0] for t in (run.key, run.key_bias, run.value, run.value_bias))
     weights = [*folded, *(getattr(run.params, name) for name in _SIDE)]
     slots = call.slots.contiguous()
     kept = options.iters if options.grad_mode == "full" else 1
@@ -159,7 +158,8 @@ def _cpu_iterations(call: SlotCall) -> tuple[torch.Tensor, ...]:
         *_native_views(call.inputs, slots),
         _native_views(slots, *(w if w is None else w.contiguous() for w in weights))[1:],
         *_native_views(slots, run.token_mask, _words(run.slot_mask))[1:], *_native_views(out, states, dots, attn),
-        options.iters, options.groups, options.eps_add, options.denominator, options.ln_eps, _native.threads(),
+        options.iters, options.groups, options.scale, options.eps_add, options.denominator, options.ln_eps,
+        _native.threads(),
     )  # fmt: skip
     return out, dots, attn, states
 

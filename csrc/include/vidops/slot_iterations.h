@@ -10,8 +10,7 @@ namespace vidops {
 // What is absent may be empty. Everything but inputs is contiguous.
 struct SlotIterationsParams {
   TensorView inputs, slots;
-  TensorView key, key_bias;      // (Hq,Din), (Hq): with the affine of the inputs' norm and the scale of the dots inside
-  TensorView value, value_bias;  // (Hv,Din), (Hv): with that affine inside
+  TensorView key, key_bias, value, value_bias;  // (Hq,Din), (Hq), (Hv,Din), (Hv): the affine of the inputs' norm inside
   TensorView norm_slots_weight, norm_slots_bias, q_weight, q_bias, merge_weight, merge_bias;
   TensorView gru_weight_ih, gru_weight_hh, gru_bias_ih, gru_bias_hh;
   TensorView norm_mlp_weight, norm_mlp_bias, mlp_weight1, mlp_bias1, mlp_weight2, mlp_bias2;
@@ -20,6 +19,7 @@ struct SlotIterationsParams {
   TensorView states;                 // slots entering the last K iterations
   TensorView dots, attn;             // of the last iteration; absent when not wanted
   int64_t iters = 1, groups = 1;
+  double scale = 1.0;        // of the dots
   double eps = 0.0;          // added to the softmax before the mask
   double denominator = 0.0;  // added to a slot's sum of weights
   double ln_eps = 1e-5;
