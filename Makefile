@@ -26,7 +26,7 @@ lint: $(VENV)/ready
 # backend that it is there for did not run. The native one takes as long as the other two, which run beside it.
 PYTEST := $(BIN)/pytest -q -m "not slow and not network"
 test: install lint
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=line test-native test-emulated
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-native test-emulated
 
 .PHONY: test-native test-emulated
 test-native:

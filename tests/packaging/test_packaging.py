@@ -77,13 +77,14 @@ def test_sdist_carries_the_sources(sdist):
 
 
 def test_import_is_light(tmp_path):
+    """At most 6 % of what torch itself takes, which a busy machine slows as much: 0.1 s of 1.7."""
     code = (
-        "import time, torch, sys; start = time.perf_counter(); import vidops; took = time.perf_counter() - start; "
-        "assert not torch.cuda.is_initialized(); "
+        "import sys, time; clock = time.perf_counter; start = clock(); import torch; middle = clock(); import vidops; "
+        "end = clock(); assert not torch.cuda.is_initialized(); "
         "assert not {'triton', 'cupy', 'scipy', 'av', 'vidops.kernels', 'vidops.models'} & set(sys.modules); "
-        "print(took)"
+        "print((end - middle) / (middle - start))"
     )
     # As after pip, which compiles what it installs: the first run writes the bytecode, whatever the caller's setting.
     bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    best = min(float(_run(sys.executable, "-c", code, cwd="/", **bytecode)) for _ in range(4))
-    assert best <= 0.1
+    _run(sys.executable, "-c", code, cwd="/", **bytecode)
+    assert min(float(_run(sys.executable, "-c", code, cwd="/", **bytecode)) for _ in range(4)) <= 0.06
