@@ -234,9 +234,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("slot_attend_backward_cpu",
         [](capsule grad_num, capsule grad_den, capsule grad_dots, capsule grad_attn, capsule keys, capsule values,
            capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask, capsule slot_mask, int64_t groups,
-           bool joint, double eps, capsule grad_keys, capsule grad_values, capsule grad_q, capsule grad_c,
+           bool joint, double eps, capsule grad_keys, capsule grad_values, capsule grad_q, capsule grad_c, bool add,
            int threads) {
           vidops::SlotAttendBackwardParams a;
+          a.add = add;
           slot_attend_inputs(a, keys, values, mean, rstd, q, c, token_mask, slot_mask, groups, joint, eps);
           a.grad_num = view(grad_num), a.grad_den = view(grad_den);
           a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);

@@ -102,9 +102,9 @@ struct SlotKernels {
   // out += map (x - centre), a centre per token; x and out reach up to a multiple of `panel` columns
   void (*sum)(int64_t rows, int64_t tokens, const T* map, const T* centre, const T* x, int64_t pitch, int64_t width,
               T* out, int64_t out_pitch);
-  // grad += map^T left; left reaches up to a multiple of `panel` columns
+  // grad = map^T left, or added to it; left reaches up to a multiple of `panel` columns
   void (*spread)(int64_t rows, int64_t tokens, const T* map, const T* left, int64_t left_pitch, int64_t width, T* grad,
-                 int64_t pitch);
+                 int64_t pitch, bool add);
   void (*softmax)(const SlotSoftmax<T>& s);
   void (*softmax_grad)(const SlotSoftmaxGrad<T>& s);
   // Of up to `lanes` rows, as a LayerNorm takes them.

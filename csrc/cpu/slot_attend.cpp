@@ -278,7 +278,8 @@ void backward(const SlotAttendBackwardParams& params, int threads) {
   const Side<T> grad_keys(params.grad_keys, kn.panel), grad_values(params.grad_values, kn.panel);
   const bool one_side = f.keys.sets == 1 && same_tensor(params.keys, params.values);
   // Both gradients of the rows in one product, and one pass over what they are added to.
-  const bool one_grad = one_side && same_tensor(params.grad_keys, params.grad_values);
+  const bool same_grad = same_tensor(params.grad_keys, params.grad_values), one_grad = one_side && same_grad;
+  const bool add_values = params.add || same_grad;
   struct Own : Scratch<T> {
     Buffer<T> grad_left, left, grad_attn, grad_dots;  // left: the rows of q, then those of grad_num
   };
@@ -336,12 +337,12 @@ void backward(const SlotAttendBackwardParams& params, int threads) {
                    f.keys.wide_rows(b, set, first, count, s.rows.get()), f.keys.wide_pitch(), f.keys.width,
                    sums + row * f.keys.padded, f.keys.padded);
             kn.spread(one_grad ? 2 * f.rows : key_rows, count, map + row * kSlotTile, q_rows + row * f.keys.padded,
-                      f.keys.padded, f.keys.width, grad_keys.row(b, set, first), grad_keys.pitch());
+                      f.keys.padded, f.keys.width, grad_keys.row(b, set, first), grad_keys.pitch(), params.add);
           }
           for (int64_t set = 0; !one_grad && set < f.values.sets; ++set) {
             const int64_t row = set * value_rows;
             kn.spread(value_rows, count, grad + row * kSlotTile, grad_rows + row * f.values.padded, f.values.padded,
-                      f.values.width, grad_values.row(b, set, first), grad_values.pitch());
+                      f.values.width, grad_values.row(b, set, first), grad_values.pitch(), add_values);
           }
         });
         add_lanes(kn, s.total.get(), f.rows, sums + f.rows * f.keys.padded);

@@ -210,7 +210,7 @@ void slot_sum(int64_t rows, int64_t tokens, const T* map, const T* centre, const
 template <class T, int R>
 struct SpreadBlock {
   static void run(int64_t rows, const T* map, const T* left, int64_t left_pitch, T* grad, int64_t pitch,
-                  int64_t width) {
+                  int64_t width, bool add) {
     using L = Lanes<T>;
     typename L::V acc[R][2] = {};
     for (int64_t i = 0; i < rows; ++i, map += kPitch, left += left_pitch) {
@@ -225,8 +225,8 @@ struct SpreadBlock {
     if (width >= L::NR) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r, grad += pitch) {
-        store(grad, load(grad) + acc[r][0]);
-        store(grad + L::W, load(grad + L::W) + acc[r][1]);
+        store(grad, add ? load(grad) + acc[r][0] : acc[r][0]);
+        store(grad + L::W, add ? load(grad + L::W) + acc[r][1] : acc[r][1]);
       }
       return;
     }
@@ -234,18 +234,18 @@ struct SpreadBlock {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) store(part[r], acc[r][0]), store(part[r] + L::W, acc[r][1]);
     for (int r = 0; r < R; ++r, grad += pitch)
-      for (int64_t c = 0; c < width; ++c) grad[c] += part[r][c];
+      for (int64_t c = 0; c < width; ++c) grad[c] = add ? grad[c] + part[r][c] : part[r][c];
   }
 };
 
 template <class T>
 void slot_spread(int64_t rows, int64_t tokens, const T* map, const T* left, int64_t left_pitch, int64_t width,
-                 T* grad, int64_t pitch) {
+                 T* grad, int64_t pitch, bool add) {
   using L = Lanes<T>;
   for (int64_t c = 0; c < width; c += L::NR)
     for_blocks<T>(tokens, [&](int64_t, int64_t first, int64_t count) {
       with_rows<SpreadBlock, T, L::MR>(count, rows, map + first, left + c, left_pitch, grad + first * pitch + c, pitch,
-                                       width - c);
+                                       width - c, add);
     });
 }
 

@@ -214,15 +214,20 @@ def reference_backward(a: Inputs, given: Gradients) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, [q, c, keys, values], allow_unused=True, materialize_grads=True))
 
 
-def native_backward(a: Inputs, given: Gradients, threads: int = 2, start: float = 0.25) -> list[torch.Tensor]:
-    """As above; one buffer for both uses where values are keys. Buffers start at `start`, which is taken off again."""
+def native_backward(
+    a: Inputs, given: Gradients, threads: int = 2, start: float = 0.25, add: bool = True
+) -> list[torch.Tensor]:
+    """As above; one buffer for both uses where values are keys. Buffers start at `start`, which is taken off again;
+    what is written, not added to, starts as NaN."""
+    start = start if add else torch.nan
     grad_keys = torch.full_like(a.keys, start)
     grad_values = grad_keys if a.values is a.keys else torch.full_like(a.values, start)
     grad_q, grad_c = torch.full_like(a.q, torch.nan), torch.full_like(a.c, torch.nan)
     outputs = (grad_keys, grad_values, grad_q, grad_c)
     C.slot_attend_backward_cpu(
-        *map(_native.view, given.tensors()), *a.views(), *map(_native.view, outputs), threads
+        *map(_native.view, given.tensors()), *a.views(), *map(_native.view, outputs), add, threads
     )  # fmt: skip
+    start = start if add else 0.0
     if grad_values is grad_keys:
         return [grad_q, grad_c, grad_keys - start]
     return [grad_q, grad_c, grad_keys - start, grad_values - start]
@@ -249,11 +254,12 @@ def test_forward(case: Case, level: str) -> None:
 def test_backward(case: Case, maps: bool, level: str) -> None:
     a = make(case)
     given = Gradients.of(a, maps)
-    got, want = native_backward(a, given), reference_backward(a, given)
+    want = reference_backward(a, given)
     if a.values is a.keys:
         want = [*want[:2], want[2] + want[3]]
-    for x, y in zip(got, want, strict=True):
-        close(x, y, TOLERANCE[case.dtype])
+    for add in (True, False):
+        for x, y in zip(native_backward(a, given, add=add), want, strict=True):
+            close(x, y, TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize("name", ["narrow", "several chunks", "heads with own rows", "joint with masks"])
@@ -371,7 +377,7 @@ def test_wrong_arguments_are_refused(wrong: dict[str, object]) -> None:
     gradients = [torch.zeros(2, 1, 70, 20), torch.zeros(2, 1, 70, 20), torch.empty(2, 1, 4, 20), torch.empty(2, 1, 4)]
     with pytest.raises(C.ArgumentError):
         C.slot_attend_backward_cpu(
-            *map(_native.view, given.tensors()), *bad.views(), *map(_native.view, gradients), 1
+            *map(_native.view, given.tensors()), *bad.views(), *map(_native.view, gradients), True, 1
         )  # fmt: skip
 
 

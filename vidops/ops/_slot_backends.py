@@ -50,12 +50,12 @@ def _cpu_first_forward(eps: float, keys: torch.Tensor, values: torch.Tensor, *ar
     return *_cpu_attend_forward(keys, values, mean, rstd, *args, norm_eps=eps), mean, rstd
 
 
-def _cpu_attend_backward(*args: Any) -> Any:
+def _cpu_attend_backward(*args: Any, add: bool = True) -> Any:
     *tensors, q, c, token_mask, slot_mask, groups, joint, eps_add, grad_keys, grad_values = args
     grads = q.new_empty(q.shape), c.new_empty(c.shape)
     views = _native_views(*tensors, q, c, token_mask, _words(slot_mask))
     results = _native_views(grad_keys, grad_values, *grads)
-    _native.C.slot_attend_backward_cpu(*views, groups, joint, eps_add, *results, _native.threads())
+    _native.C.slot_attend_backward_cpu(*views, groups, joint, eps_add, *results, add, _native.threads())
     return grads
 
 
@@ -119,6 +119,7 @@ _CPU = _slot_iterations.Attend(
     _cpu_product,
     _cpu_packed,
     _cpu_norm_backward,
+    writes=True,
 )
 
 

@@ -49,7 +49,8 @@ class Attend(NamedTuple):
     product: of two matrices or two batches of them, each possibly transposed; plus a bias per column (matrices only),
         or added to a given result;
     packed: a right operand in the form that products of so many rows take it in, for one that several have in common;
-    norm_backward: the gradient of the tokens from that of the normalised ones, which it may overwrite.
+    norm_backward: the gradient of the tokens from that of the normalised ones, which it may overwrite;
+    writes: whether `backward` takes `add=False`, and then writes the gradients of the tokens that it else adds to.
     """
 
     forward: Callable[..., Any]
@@ -59,6 +60,7 @@ class Attend(NamedTuple):
     product: Callable[..., Any] = plain_product
     packed: Callable[[torch.Tensor, int], Any] = lambda matrix, rows: matrix
     norm_backward: Callable[..., Any] = plain_norm_backward
+    writes: bool = False
 
 
 def absorbs(tokens: int, channels: int, slots: int, iters: int, heads: int, q_width: int, v_width: int) -> bool:
@@ -419,11 +421,11 @@ class Run:
 
         if self.grad_mask is not None:
             self.grad_mask += self._mask_gradient(taken, grad_num, grad_den)
+        how = {"add": False} if self.attend.writes and self.grad_keys is None else {}
         grad_keys, grad_values = self._buffers()
-        grad_token_q, grad_c = self.attend.backward(
-            grad_num, grad_den, grad_dots, grad_attn, *self._pass(taken.token_q, taken.c), grad_keys, grad_values
-        )
-        del grad_num, grad_den, taken.token_q
+        passed = *self._pass(taken.token_q, taken.c), grad_keys, grad_values
+        grad_token_q, grad_c = self.attend.backward(grad_num, grad_den, grad_dots, grad_attn, *passed, **how)
+        del grad_num, grad_den, passed, taken.token_q
 
         grad_q, grad_c = self._from_batch(grad_token_q), self._from_batch(grad_c)
         del grad_token_q
@@ -458,10 +460,11 @@ class Run:
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.grad_keys is None:
-            self.grad_keys = torch.zeros(self.keys.shape, dtype=self.dtype, device=self.keys.device)
+            new = torch.empty if self.attend.writes else torch.zeros
+            self.grad_keys = new(self.keys.shape, dtype=self.dtype, device=self.keys.device)
             self.grad_values = self.grad_keys
             if not self.absorbed:
-                self.grad_values = torch.zeros(self.values.shape, dtype=self.dtype, device=self.keys.device)
+                self.grad_values = new(self.values.shape, dtype=self.dtype, device=self.keys.device)
         assert self.grad_values is not None
         return self.grad_keys, self.grad_values
 

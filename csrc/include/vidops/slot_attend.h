@@ -29,7 +29,8 @@ struct SlotAttendForwardParams : SlotAttendParams {
 struct SlotAttendBackwardParams : SlotAttendParams {
   TensorView grad_num, grad_den;      // contiguous
   TensorView grad_dots, grad_attn;    // contiguous; absent: zero. The dots of masked slots pass nothing back.
-  TensorView grad_keys, grad_values;  // like keys and values, added to; may be one tensor
+  TensorView grad_keys, grad_values;  // like keys and values; may be one tensor
+  bool add = true;                    // to what they hold
   TensorView grad_q, grad_c;          // contiguous
 };
 
