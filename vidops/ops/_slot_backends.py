@@ -100,7 +100,8 @@ def _cpu_product(
     if a.numel() * b.shape[-1] < _SMALL_PRODUCT:
         return _slot_iterations.plain_product(a, b, bias, add_to)
     out = a.new_empty(*a.shape[:-1], b.shape[-1]) if add_to is None else add_to
-    given = _native_views(a, packed, bias)[1:]
+    none = a.new_empty(0)
+    given = (_native.view(none if t is None else t) for t in (packed, bias))
     to = _native.view(out if out.dim() == 3 else out[None])
     _native.C.product_cpu(*_by_rows(a), *_by_rows(b), *given, to, add_to is not None, _native.threads())
     return out
