@@ -253,19 +253,10 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     vidops::token_statistics_cpu(a, threads);
   });
-  m.def("product_packed_size", [](capsule b, bool b_turned) {
-    const vidops::TensorView v = view(b);
-    return vidops::product_packed_size(v.dtype, v.shape[b_turned ? 1 : 2], v.shape[b_turned ? 2 : 1]);
-  });
-  m.def("product_pack_cpu", [](capsule b, bool b_turned, capsule packed, int threads) {
-    const vidops::TensorView from = view(b), to = view(packed);
-    py::gil_scoped_release release;
-    vidops::product_pack_cpu(from, b_turned, to, threads);
-  });
-  m.def("product_cpu", [](capsule a, bool a_turned, capsule b, bool b_turned, capsule packed, capsule bias, capsule out,
-                          bool add, int threads) {
+  m.def("product_cpu", [](capsule a, bool a_turned, capsule b, bool b_turned, capsule bias, capsule out, bool add,
+                          int threads) {
     vidops::ProductParams p;
-    p.a = view(a), p.b = view(b), p.packed = view(packed), p.bias = view(bias), p.out = view(out);
+    p.a = view(a), p.b = view(b), p.bias = view(bias), p.out = view(out);
     p.a_turned = a_turned, p.b_turned = b_turned, p.add = add;
     py::gil_scoped_release release;
     vidops::product_cpu(p, threads);

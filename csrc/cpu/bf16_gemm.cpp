@@ -93,27 +93,39 @@ struct alignas(64) TileConfig {
   _tile_dpbf16ps(2, 5, 6);   \
   _tile_dpbf16ps(3, 5, 7)
 
-// The six products, ordered so that a part stays in its tiles from one to the next.
-inline void product_of_three(const uint16_t* x, const uint16_t* y) {
+// Of a block of each operand: all products of parts that are not too small to count, ordered so that a part stays in its
+// tiles from one to the next.
+template <int kParts>
+inline void add_products(const uint16_t* x, const uint16_t* y) {
   VIDOPS_LOAD_PART(6, 7, y, 0);
-  VIDOPS_LOAD_PART(4, 5, x, 2);
-  VIDOPS_ADD_PRODUCT();
-  VIDOPS_LOAD_PART(4, 5, x, 1);
-  VIDOPS_ADD_PRODUCT();
+  if constexpr (kParts == 3) {
+    VIDOPS_LOAD_PART(4, 5, x, 2);
+    VIDOPS_ADD_PRODUCT();
+  }
+  if constexpr (kParts >= 2) {
+    VIDOPS_LOAD_PART(4, 5, x, 1);
+    VIDOPS_ADD_PRODUCT();
+  }
   VIDOPS_LOAD_PART(4, 5, x, 0);
   VIDOPS_ADD_PRODUCT();
-  VIDOPS_LOAD_PART(6, 7, y, 2);
-  VIDOPS_ADD_PRODUCT();
-  VIDOPS_LOAD_PART(6, 7, y, 1);
-  VIDOPS_ADD_PRODUCT();
-  VIDOPS_LOAD_PART(4, 5, x, 1);
-  VIDOPS_ADD_PRODUCT();
+  if constexpr (kParts == 3) {
+    VIDOPS_LOAD_PART(6, 7, y, 2);
+    VIDOPS_ADD_PRODUCT();
+  }
+  if constexpr (kParts >= 2) {
+    VIDOPS_LOAD_PART(6, 7, y, 1);
+    VIDOPS_ADD_PRODUCT();
+  }
+  if constexpr (kParts == 3) {
+    VIDOPS_LOAD_PART(4, 5, x, 1);
+    VIDOPS_ADD_PRODUCT();
+  }
 }
 
 template <int kParts>
 void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, float* c,
              int64_t ldc) {
-  constexpr int64_t kStep = kBlockElements * kParts, kTile = kBlockElements / 2;
+  constexpr int64_t kStep = kBlockElements * kParts;
   TileConfig config;
   for (int t = 0; t < 8; ++t) config.bytes_per_row[t] = 64, config.rows[t] = 16;
   _tile_loadconfig(&config);
@@ -138,36 +150,7 @@ void run_amx(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, c
           _tile_loadd(2, out + 16 * ldc, pitch);
           _tile_loadd(3, out + 16 * ldc + 16, pitch);
         }
-        for (int64_t s = 0; s < steps; ++s, x += kStep, y += kStep) {
-          if constexpr (kParts == 3) {
-            product_of_three(x, y);
-            continue;
-          }
-          _tile_loadd(6, y, 64);
-          _tile_loadd(7, y + kTile, 64);
-          if constexpr (kParts == 2) {
-            _tile_loadd(4, x + kBlockElements, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, x + kBlockElements + kTile, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-          _tile_loadd(4, x, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, x + kTile, 64);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-          if constexpr (kParts == 2) {
-            _tile_loadd(6, y + kBlockElements, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_loadd(7, y + kBlockElements + kTile, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
+        for (int64_t s = 0; s < steps; ++s, x += kStep, y += kStep) add_products<kParts>(x, y);
         _tile_stored(0, out, pitch);
         _tile_stored(1, out + 16, pitch);
         _tile_stored(2, out + 16 * ldc, pitch);

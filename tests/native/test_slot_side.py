@@ -47,17 +47,13 @@ def product(
     bias: torch.Tensor = ABSENT,
     add_to: torch.Tensor | None = None,
     threads: int = 2,
-    packs: bool = False,
 ) -> torch.Tensor:
     """Of batches (B, M, K) and (B, K, N), or of their transposes."""
     rows, columns = a.shape[2 if turned[0] else 1], b.shape[1 if turned[1] else 2]
     out = a.new_full((len(a), rows, columns), torch.nan) if add_to is None else add_to.clone()
-    packed = ABSENT.to(a.dtype)
-    if packs:
-        packed = a.new_full((len(b), C.product_packed_size(_native.view(b), turned[1])), torch.nan)
-        C.product_pack_cpu(_native.view(b), turned[1], _native.view(packed), threads)
-    view_a, view_b, *others = map(_native.view, (a, b, packed, bias, out))
-    C.product_cpu(view_a, turned[0], view_b, turned[1], *others, add_to is not None, threads)
+    views = map(_native.view, (a, b, bias, out))
+    view_a, view_b, view_bias, view_out = views
+    C.product_cpu(view_a, turned[0], view_b, turned[1], view_bias, view_out, add_to is not None, threads)
     return out
 
 
@@ -78,8 +74,6 @@ def test_product(
     turned = (a_turned, b_turned)
     want = (a.mT if a_turned else a).double() @ (b.mT if b_turned else b).double()
     close(product(a, b, turned), want)
-    for threads in (1, 3):
-        assert torch.equal(product(a, b, turned, threads=threads, packs=True), product(a, b, turned))
     close(product(a, b, turned, bias), want + bias.double())
     close(product(a, b, turned, add_to=start), want + start.double())
 
@@ -147,7 +141,6 @@ WRONG = {
     "another batch": dict(b=torch.randn(2, 5, 4)),
     "another dtype": dict(a=torch.randn(1, 3, 5).double()),
     "half precision": dict(a=torch.randn(1, 3, 5).half()),
-    "fewer panels": dict(packed=torch.randn(1, 5)),
     "a longer bias": dict(bias=torch.randn(5)),
     "another result": dict(out=torch.randn(1, 4, 4)),
     "another rank": dict(a=torch.randn(3, 5)),
@@ -156,10 +149,10 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_wrong_products_are_refused(wrong: dict[str, torch.Tensor]) -> None:
-    given = dict(a=torch.randn(1, 3, 5), b=torch.randn(1, 5, 4), packed=ABSENT, bias=torch.randn(4))
-    a, b, packed, bias, out = map(_native.view, (given | dict(out=torch.randn(1, 3, 4)) | wrong).values())
+    given = dict(a=torch.randn(1, 3, 5), b=torch.randn(1, 5, 4), bias=torch.randn(4), out=torch.randn(1, 3, 4)) | wrong
+    a, b, bias, out = map(_native.view, given.values())
     with pytest.raises(C.ArgumentError):
-        C.product_cpu(a, False, b, False, packed, bias, out, False, 1)
+        C.product_cpu(a, False, b, False, bias, out, False, 1)
 
 
 @pytest.mark.parametrize("at, shape", [(0, (2, 5, 8)), (1, (2, 6)), (2, (1, 5)), (3, (2, 5, 6))])

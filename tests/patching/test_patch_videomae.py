@@ -109,7 +109,7 @@ def test_every_attention_of_transformers(attention: str) -> None:
 def test_configured_for_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel needs a card and half precision; the model calls what stands in its place as often, and as it does."""
     model = videomae("transformers")
-    modeling = pytest.importorskip("transformers.modeling_utils")
+    modeling = package("transformers.modeling_utils")
     if not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         pytest.skip("transformers before 4.48")
     lengths: list[int] = []

@@ -6,7 +6,7 @@ Arguments of a pass are those of `vidops.reference.slot_attend`, in its order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -65,7 +65,6 @@ def _cpu_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tup
     return mean, rstd
 
 
-_PACKED_ROWS = 64  # fewer do not pay for a layout of the whole weight, in memory that is new
 _SMALL_PRODUCT = 1 << 19  # multiply-adds that take no longer than handing tensors to native code
 
 
@@ -76,34 +75,15 @@ def _by_rows(t: torch.Tensor) -> tuple[Any, bool]:
     return _native.view(t.mT if turned else t), turned
 
 
-class _Packed(NamedTuple):
-    """A right operand that was laid out for several products."""
-
-    matrix: torch.Tensor
-    packed: torch.Tensor
-
-
-def _cpu_packed(b: torch.Tensor, rows: int) -> torch.Tensor | _Packed:
-    if rows < _PACKED_ROWS or rows * b.numel() < _SMALL_PRODUCT:
-        return b
-    view, turned = _by_rows(b)
-    size = _native.C.product_packed_size(view, turned)
-    packed = b.new_empty(1 if b.dim() == 2 else len(b), size)
-    _native.C.product_pack_cpu(*_by_rows(b), _native.view(packed), _native.threads())
-    return _Packed(b, packed)
-
-
 def _cpu_product(
-    a: torch.Tensor, b: torch.Tensor | _Packed, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, add_to: torch.Tensor | None = None
 ) -> torch.Tensor:
-    b, packed = b if isinstance(b, _Packed) else (b, None)
     if a.numel() * b.shape[-1] < _SMALL_PRODUCT:
         return _slot_iterations.plain_product(a, b, bias, add_to)
     out = a.new_empty(*a.shape[:-1], b.shape[-1]) if add_to is None else add_to
-    none = a.new_empty(0)
-    given = (_native.view(none if t is None else t) for t in (packed, bias))
+    given = _native.view(a.new_empty(0) if bias is None else bias)
     to = _native.view(out if out.dim() == 3 else out[None])
-    _native.C.product_cpu(*_by_rows(a), *_by_rows(b), *given, to, add_to is not None, _native.threads())
+    _native.C.product_cpu(*_by_rows(a), *_by_rows(b), given, to, add_to is not None, _native.threads())
     return out
 
 
@@ -118,7 +98,6 @@ _CPU = _slot_iterations.Attend(
     _cpu_statistics,
     _cpu_first_forward,
     _cpu_product,
-    _cpu_packed,
     _cpu_norm_backward,
     writes=True,
 )

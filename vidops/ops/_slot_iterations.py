@@ -48,7 +48,6 @@ class Attend(NamedTuple):
         constant;
     product: of two matrices or two batches of them, each possibly transposed; plus a bias per column (matrices only),
         or added to a given result;
-    packed: a right operand in the form that products of so many rows take it in, for one that several have in common;
     norm_backward: the gradient of the tokens from that of the normalised ones, which it may overwrite;
     writes: whether `backward` takes `add=False`, and then writes the gradients of the tokens that it else adds to.
     """
@@ -58,7 +57,6 @@ class Attend(NamedTuple):
     statistics: Callable[..., Any] = plain_statistics
     first_forward: Callable[..., Any] | None = None
     product: Callable[..., Any] = plain_product
-    packed: Callable[[torch.Tensor, int], Any] = lambda matrix, rows: matrix
     norm_backward: Callable[..., Any] = plain_norm_backward
     writes: bool = False
 
@@ -75,8 +73,7 @@ def forward(attend: Attend, *args: Any, absorbed: bool | None = None) -> tuple[t
     """Arguments of the torch op -> (slots, dots, attn, states)."""
     call = SlotCall.of(*args)
     options = call.options
-    # Not in the backward, where what is laid out would come on top of the peak.
-    run = Run(attend, call, absorbed, packs=options.iters > 1)
+    run = Run(attend, call, absorbed)
     slots = call.slots.to(run.dtype)
     entering, dots, attn = [], None, None
     for step in range(options.iters):
@@ -188,7 +185,7 @@ class _Step:
 class Run:
     """A call with its weights in the accumulation dtype; the backward adds the weights' gradients up in it."""
 
-    def __init__(self, attend: Attend, call: SlotCall, absorbed: bool | None, packs: bool = False) -> None:
+    def __init__(self, attend: Attend, call: SlotCall, absorbed: bool | None) -> None:
         self.attend, self.call, options = attend, call, call.options
         self.dtype = _checks.accumulation_dtype(call.slots.dtype)
         self.batch, self.slots = call.slots.shape[:2]
@@ -199,7 +196,6 @@ class Run:
             q_width, v_width = len(p.q_weight), len(p.v_weight)
             absorbed = absorbs(tokens, channels, self.slots, options.iters, self.heads, q_width, v_width)
         self.absorbed = absorbed
-        self.packs: dict[str, Any] | None = {} if packs else None
         self.key, self.key_bias = self._folded(p.k_weight, p.k_bias)
         self.value, self.value_bias = self._folded(p.v_weight, p.v_bias)
         self.token_mask = None if call.token_mask is None else call.token_mask.to(self.dtype).contiguous()
@@ -242,20 +238,8 @@ class Run:
         """(B, H, N, d); the bias is added on the slot side."""
         return self._linear(rows, weight.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, name: str | None = None
-    ) -> torch.Tensor:
-        """`name`: of a weight that every iteration multiplies the slots by."""
-        matrix = weight.T if name is None else self._right(name, weight.T)
-        return self.attend.product(x.flatten(0, -2), matrix, bias).unflatten(0, x.shape[:-1])
-
-    def _right(self, name: str, matrix: torch.Tensor) -> Any:
-        """A right operand of the slots' rows, laid out once for all iterations of a forward."""
-        if self.packs is None:
-            return matrix
-        if name not in self.packs:
-            self.packs[name] = self.attend.packed(matrix, self.batch * self.slots)
-        return self.packs[name]
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.attend.product(x.flatten(0, -2), weight.T, bias).unflatten(0, x.shape[:-1])
 
     def _to_heads(self, t: torch.Tensor) -> torch.Tensor:
         """(B, S, H * d) to (H, B * S, d), one product per head whatever the batch."""
@@ -286,7 +270,7 @@ class Run:
         del heads_out
         if p.mlp_weight2 is not None:
             activated = self._activated(self._mlp(moved).hidden)
-            moved = self._linear(activated, p.mlp_weight2, p.mlp_bias2, "mlp2").add_(moved)
+            moved = self._linear(activated, p.mlp_weight2, p.mlp_bias2).add_(moved)
         return moved, dots, attn
 
     def step(self, slots: torch.Tensor) -> _Step:
@@ -303,8 +287,8 @@ class Run:
         """Normalised slots, queries, and these with their constants as the backend takes them."""
         p = self.params
         norm = self._norm(slots, p.norm_slots_weight, p.norm_slots_bias)
-        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias, "q")) * self.call.options.scale
-        token_q = self._to_batch(self.attend.product(q, self._right("key", self.key)) if self.absorbed else q)
+        q = self._to_heads(self._linear(norm.out, p.q_weight, p.q_bias)) * self.call.options.scale
+        token_q = self._to_batch(self.attend.product(q, self.key) if self.absorbed else q)
         c = q.new_zeros(q.shape[:2]) if self.key_bias is None else (q @ self.key_bias[..., None]).squeeze(-1)
         return norm, q, token_q, self._to_batch(c)
 
@@ -313,9 +297,7 @@ class Run:
         weight = self._from_batch(den)
         total = weight + self.call.options.denominator
         mean_row, weight = self._from_batch(num) / total[..., None], weight / total
-        heads_out = mean_row
-        if self.absorbed:
-            heads_out = self.attend.product(mean_row, self._right("value", self.value.mT))
+        heads_out = self.attend.product(mean_row, self.value.mT) if self.absorbed else mean_row
         if self.value_bias is not None:
             heads_out = heads_out + weight[..., None] * self.value_bias[:, None]
         return mean_row, weight, total, self._from_heads(heads_out)
@@ -323,9 +305,7 @@ class Run:
     def _moved(self, heads_out: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, _Gates | None, torch.Tensor]:
         """The update, the gates of a GRU, and the slots after the update."""
         p = self.params
-        update = heads_out
-        if p.merge_weight is not None:
-            update = self._linear(heads_out, p.merge_weight, p.merge_bias, "merge")
+        update = heads_out if p.merge_weight is None else self._linear(heads_out, p.merge_weight, p.merge_bias)
         if p.gru_weight_ih is None:
             return update, None, slots + update
         return update, *self._gru(update, slots)
@@ -357,8 +337,8 @@ class Run:
         p = self.params
         assert p.gru_weight_ih is not None and p.gru_weight_hh is not None
         width = slots.shape[-1]
-        from_update, new = self._linear(update, p.gru_weight_ih, p.gru_bias_ih, "ih").split([2 * width, width], -1)
-        from_slots, recurrent = self._linear(slots, p.gru_weight_hh, p.gru_bias_hh, "hh").split([2 * width, width], -1)
+        from_update, new = self._linear(update, p.gru_weight_ih, p.gru_bias_ih).split([2 * width, width], -1)
+        from_slots, recurrent = self._linear(slots, p.gru_weight_hh, p.gru_bias_hh).split([2 * width, width], -1)
         reset, keep = from_update.add_(from_slots).sigmoid_().chunk(2, -1)
         candidate = torch.addcmul(new, reset, recurrent).tanh_()
         return _Gates(reset, keep, candidate, recurrent), (1 - keep) * candidate + keep * slots
@@ -367,7 +347,7 @@ class Run:
         p = self.params
         assert p.mlp_weight1 is not None
         norm = self._norm(slots, p.norm_mlp_weight, p.norm_mlp_bias)
-        return _Mlp(norm, self._linear(norm.out, p.mlp_weight1, p.mlp_bias1, "mlp1"))
+        return _Mlp(norm, self._linear(norm.out, p.mlp_weight1, p.mlp_bias1))
 
     def _activated(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.relu(hidden) if self.call.options.activation == "relu" else F.gelu(hidden)
