@@ -77,7 +77,7 @@ void forward(const Forward<T>& f, int threads) {
           gemm, false, [&](int64_t j) { return k + j * f.k.stride[2]; }, keys, size, nullptr, T(1), 0, size,
           reinterpret_cast<char*>(&packed_k[h * padded_keys * size]));
       if (with_v)
-        pack_columns<T>(kn, false, f.v.template as<T>() + b * f.v.stride[0] + h * f.v.stride[1],
+        pack_columns<T>(gemm, false, f.v.template as<T>() + b * f.v.stride[0] + h * f.v.stride[1],
                         f.v.stride[2], out_size, keys, &packed_v[h * padded_size * keys]);
     });
     parallel_for(blocks, threads, [&](int64_t block, int thread) {
@@ -201,7 +201,7 @@ void backward(const Backward<T>& f, int threads) {
     pack_panels<T>(
         gemm, false, [&](int64_t j) { return k + j * f.k.stride[2]; }, keys, size, nullptr, T(1), 0, size,
         as_bytes(k_rows));
-    pack_columns<T>(kn, false, k, f.k.stride[2], size, keys, k_columns.get());
+    pack_columns<T>(gemm, false, k, f.k.stride[2], size, keys, k_columns.get());
     if (with_v)
       pack_panels<T>(
           gemm, false, [&](int64_t j) { return v + j * f.v.stride[2]; }, keys, size, nullptr, T(1), 0, size,
@@ -209,8 +209,8 @@ void backward(const Backward<T>& f, int threads) {
 
     // target (keys, size) += x^T y for the current block of `count` rows
     auto add_transposed = [&](const T* x, const T* y, int64_t y_pitch, int64_t count, T* target) {
-      pack_columns<T>(kn, true, x, padded_keys, keys, count, transposed.get());
-      pack_columns<T>(kn, false, y, y_pitch, size, count, right.get());
+      pack_columns<T>(gemm, true, x, padded_keys, keys, count, transposed.get());
+      pack_columns<T>(gemm, false, y, y_pitch, size, count, right.get());
       gemm.run(key_a_panels, size_panels, count, transposed.get(), right.get(), wide.get(), padded_size);
       for (int64_t j = 0; j < keys; ++j) kn.axpy(T(1), &wide[j * padded_size], target + j * size, size);
     };

@@ -55,25 +55,82 @@ void pack_a(const float* const* rows, int count, int64_t width, const float* cen
     }
 }
 
+// The transpose of 16 x 16 words.
+inline void transpose(__m512i* x) {
+  __m512i y[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    y[i] = _mm512_unpacklo_epi64(a, c), y[i + 1] = _mm512_unpackhi_epi64(a, c);
+    y[i + 2] = _mm512_unpacklo_epi64(b, d), y[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // Lane l of y[4 g + c] now holds column 4 l + c of rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(y[c], y[4 + c], 0x88), b = _mm512_shuffle_i32x4(y[c], y[4 + c], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(y[8 + c], y[12 + c], 0x88);
+    const __m512i e = _mm512_shuffle_i32x4(y[8 + c], y[12 + c], 0xdd);
+    x[c] = _mm512_shuffle_i32x4(a, d, 0x88), x[8 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
+    x[4 + c] = _mm512_shuffle_i32x4(b, e, 0x88), x[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
+  }
+}
+
 template <int kParts>
 void pack_b(const float* const* rows, int count, int64_t width, const float* centre, float, int64_t k0,
             void* panel) {
   uint16_t* out = static_cast<uint16_t*>(panel) + k0 * kRows * kParts;
-  alignas(64) int32_t strip[kParts][16 * 16];
-  const __m512i column =
-      _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
   for (int64_t k = 0; k < width; k += kBlock, out += kBlockElements * kParts)
     for (int half = 0; half < 2; ++half) {
+      __m512i pairs[kParts][16];
       for (int r = 0; r < 16; ++r) {
         const int row = half * 16 + r;
         __m512i part[kParts] = {};
         if (row < count) convert<kParts>(rows[row] + k, centre ? centre + k : nullptr, width - k, part);
-        for (int p = 0; p < kParts; ++p) _mm512_store_si512(&strip[p][r * 16], part[p]);
+        for (int p = 0; p < kParts; ++p) pairs[p][r] = part[p];
       }
-      for (int p = 0; p < kParts; ++p)
+      for (int p = 0; p < kParts; ++p) {
+        transpose(pairs[p]);
         for (int pair = 0; pair < 16; ++pair)
-          _mm512_storeu_si512(out + p * kBlockElements + half * (kBlockElements / 2) + pair * 32,
-                              _mm512_i32gather_epi32(column, &strip[p][pair], 4));
+          _mm512_storeu_si512(out + p * kBlockElements + half * (kBlockElements / 2) + pair * 32, pairs[p][pair]);
+      }
+    }
+}
+
+// 16 columns, those of `mask`, of rows k and k + 1 of `left`, as pairs of parts of a bf16 sum.
+template <int kParts>
+inline void convert_pair(const float* row, int64_t pitch, int64_t left, __mmask16 mask, __m512i* part) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  __m512 x = _mm512_maskz_loadu_ps(left > 0 ? mask : 0, row), y = _mm512_maskz_loadu_ps(left > 1 ? mask : 0, row + pitch);
+  for (int p = 0; p < kParts; ++p) {
+    part[p] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(part[p], 16)));
+    y = _mm512_sub_ps(y, _mm512_castsi512_ps(_mm512_and_si512(part[p], _mm512_set1_epi32(0xffff0000))));
+  }
+}
+
+// A panel of either operand from a k-major source; for A the pairs of a row lie side by side.
+template <int kParts, bool kA>
+void pack_kmajor(const float* source, int64_t pitch, int count, int64_t k, void* panel) {
+  uint16_t* out = static_cast<uint16_t*>(panel);
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock, out += kBlockElements * kParts)
+    for (int half = 0; half < 2; ++half) {
+      const int columns = count - half * 16;
+      const __mmask16 mask = columns >= 16 ? 0xffff : columns > 0 ? static_cast<__mmask16>((1u << columns) - 1) : 0;
+      const float* from = source + k0 * pitch + half * 16;
+      __m512i pairs[kParts][16];
+      for (int pair = 0; pair < 16; ++pair) {
+        __m512i part[kParts];
+        convert_pair<kParts>(from + 2 * pair * pitch, pitch, k - k0 - 2 * pair, mask, part);
+        for (int p = 0; p < kParts; ++p) pairs[p][pair] = part[p];
+      }
+      for (int p = 0; p < kParts; ++p) {
+        if (kA) transpose(pairs[p]);
+        for (int i = 0; i < 16; ++i)
+          _mm512_storeu_si512(out + p * kBlockElements + half * (kBlockElements / 2) + i * 32, pairs[p][i]);
+      }
     }
 }
 
@@ -201,14 +258,14 @@ void run_dpbf16(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw
 
 // tdpbf16ps sums the even and the odd columns of a block apart, adds the two and adds that to the total.
 constexpr Gemm<float> kAmx{kRows,     kRows,     kBlock,    2, kBlock, OperandError::measured,
-                           pack_a<1>, pack_b<1>, run_amx<1>};
+                           pack_a<1>, pack_b<1>, run_amx<1>, pack_kmajor<1, true>, pack_kmajor<1, false>};
 // Three such sums per block of 32 columns, each one rounding of half an eps.
 constexpr Gemm<float> kAmxSplit{kRows,     kRows,     kBlock,    4, 2 * kBlock / 3, OperandError::split,
-                                pack_a<2>, pack_b<2>, run_amx<2>};
+                                pack_a<2>, pack_b<2>, run_amx<2>, pack_kmajor<2, true>, pack_kmajor<2, false>};
 constexpr Gemm<float> kAmxThree{kRows,     kRows,     kBlock,    6, 2 * kBlock / 6, OperandError::none,
-                                pack_a<3>, pack_b<3>, run_amx<3>};
+                                pack_a<3>, pack_b<3>, run_amx<3>, pack_kmajor<3, true>, pack_kmajor<3, false>};
 constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), OperandError::measured, pack_a<1>, pack_b<1>,
-                           run_dpbf16};
+                           run_dpbf16, pack_kmajor<1, true>, pack_kmajor<1, false>};
 
 }  // namespace
 }  // namespace vidops::cpu

@@ -45,6 +45,9 @@ struct Gemm {
                  void* panel);
   // c: (a_panels*mr, b_panels*nr), row pitch ldc, overwritten.
   void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
+  // The same panels from a k-major source: source row k holds column k of every packed row.
+  void (*pack_a_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
+  void (*pack_b_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
 };
 
 constexpr int kMaxDots = 4;  // no tile of dot products is higher or wider
@@ -117,6 +120,9 @@ struct SideKernels {
   // out = tile + bias, and + out if `add`; bias may be null
   void (*finish)(const T* tile, int64_t tile_pitch, int64_t rows, int64_t columns, const T* bias, bool add, T* out,
                  int64_t pitch);
+  // tile = a b of a few rows a; b is read as it lies, row by row
+  void (*few_rows)(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_pitch, const T* b, int64_t b_pitch,
+                   T* tile, int64_t tile_pitch);
   // One row of a LayerNorm's backward, in place.
   void (*norm_grad)(const T* x, int64_t width, T mean, T rstd, T* grad);
   // One row of a LayerNorm with its affine; weight and bias may be null.
@@ -128,9 +134,6 @@ struct SideKernels {
 template <class T>
 struct Kernels {
   Gemm<T> gemm;
-  // The same panels from a k-major source: source row k holds column k of every packed row.
-  void (*pack_a_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
-  void (*pack_b_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
   T (*row_max)(const T* x, int64_t n);
   T (*exp_sum)(T* x, int64_t n, T shift);  // x = exp(x - shift), returns the sum
   // y = log(max(x, floor)), floor >= smallest normal; returns the smallest x

@@ -651,9 +651,7 @@ template <class T>
 constexpr Kernels<T> make_table() {
   using L = Lanes<T>;
   return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), OperandError::none, pack<T, L::MR>, pack<T, L::NR>,
-           gemm<T>},
-          pack_kmajor<T, L::MR>,
-          pack_kmajor<T, L::NR>,
+           gemm<T>, pack_kmajor<T, L::MR>, pack_kmajor<T, L::NR>},
           row_max<T>,
           exp_sum,
           log_row,
@@ -678,7 +676,7 @@ constexpr Kernels<T> make_table() {
           wide_add<T>,
           absorb,
           slot_table<T>(),
-          {side_finish<T>, side_norm_grad<T>, side_normalise<T>, side_gru<T>}};
+          {side_finish<T>, side_few_rows<T>, side_norm_grad<T>, side_normalise<T>, side_gru<T>}};
 }
 
 }  // namespace

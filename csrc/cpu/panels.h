@@ -31,12 +31,13 @@ void pack_panels(const Gemm<T>& gemm, bool a_side, RowAt&& row_at, int64_t count
 
 // Columns [0, count) of a k-major matrix (k rows, given pitch) as panels.
 template <class T>
-void pack_columns(const Kernels<T>& kn, bool a_side, const T* source, int64_t pitch, int64_t count, int64_t k,
-                  T* out) {
-  const int step = a_side ? kn.gemm.mr : kn.gemm.nr;
-  for (int64_t i = 0; i < count; i += step, out += k * step)
-    (a_side ? kn.pack_a_kmajor : kn.pack_b_kmajor)(
-        source + i, pitch, static_cast<int>(std::min<int64_t>(step, count - i)), k, out);
+void pack_columns(const Gemm<T>& gemm, bool a_side, const T* source, int64_t pitch, int64_t count, int64_t k,
+                  void* out) {
+  const int64_t step = a_side ? gemm.mr : gemm.nr, bytes = step * round_up(k, gemm.k_align) * gemm.elem;
+  char* panel = static_cast<char*>(out);
+  for (int64_t i = 0; i < count; i += step, panel += bytes)
+    (a_side ? gemm.pack_a_kmajor : gemm.pack_b_kmajor)(
+        source + i, pitch, static_cast<int>(std::min<int64_t>(step, count - i)), k, panel);
 }
 
 // Rows per block so that `bytes_per_row * rows` stays near `budget`, in whole A panels, at most 8 of them.

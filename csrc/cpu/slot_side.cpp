@@ -5,8 +5,8 @@
 // would not be. The order is that of K, whatever the blocks and the threads are. Workspace: one slab of the right
 // operand, and per thread one of a block of the left operand and a tile of results.
 //
-// Where the CPU has tiles of bf16, a right operand is packed for them, in three parts per number: as exact as float32,
-// and for a hundred rows or more up to twice as fast.
+// Where the CPU has tiles of bf16, operands are packed for them, in three parts per number: as exact as float32, and for
+// a hundred rows or more up to twice as fast.
 #include "common.h"
 #include "kernels.h"
 #include "panels.h"
@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kSlice = 128;
 constexpr int64_t kSlab = 8 * kSlice;
 constexpr int64_t kBlockPanels = 8;  // of the left operand: about 100 rows
+constexpr int64_t kFewRows = 16;     // no more for which the right operand is not laid out
 constexpr int64_t kTilePanels = 4;   // of the right operand: the tile stays near between product and store
 
 // One item of an operand as rows of length K, or `turned`, K rows of them.
@@ -36,7 +37,7 @@ struct Operand {
 template <class T>
 void pack_rows(const Kernels<T>& kn, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0,
                int64_t k, T* out) {
-  if (x.turned) return pack_columns(kn, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
+  if (x.turned) return pack_columns(kn.gemm, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
   const int64_t step = a_side ? kn.gemm.mr : kn.gemm.nr, lanes = kn.slots.lanes;
   for (int64_t i = 0; i < count; i += step, out += k * step) {
     const int64_t here = std::min(step, count - i);
@@ -134,8 +135,8 @@ class Product {
   std::vector<Own> scratch_;
 };
 
-// What multiplies a right operand that comes packed, if not `Product`: tiles of three parts. Below 64 rows or columns
-// the padding takes more than the tiles save.
+// What multiplies instead of `Product`: tiles of three parts. Below 64 rows or columns the padding takes more than the
+// tiles save.
 template <class T>
 const Gemm<T>* tiles_for(int64_t n, int64_t k) {
   if constexpr (sizeof(T) == 4)
@@ -149,16 +150,12 @@ int64_t tiles_size(const Gemm<T>& g, int64_t n, int64_t k) {
   return round_up(n, g.nr) * round_up(k, g.k_align) * g.elem / int64_t(sizeof(T));
 }
 
-// Panels of `count` rows from `first` on; a turned operand is brought to rows in `scratch` first.
+// Panels of rows [first, first + count), columns [k0, k0 + k).
 template <class T>
-void pack_tiles(const Gemm<T>& g, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k,
-                Buffer<T>& scratch, char* out) {
-  if (x.turned) {
-    scratch.resize(count * k);
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t r = 0; r < count; ++r) scratch[r * k + i] = x.base[i * x.pitch + first + r];
-  }
-  auto row = [&](int64_t r) { return x.turned ? scratch.get() + r * k : x.base + (first + r) * x.pitch; };
+void pack_tiles(const Gemm<T>& g, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0, int64_t k,
+                char* out) {
+  if (x.turned) return pack_columns(g, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
+  auto row = [&](int64_t r) { return x.base + (first + r) * x.pitch + k0; };
   pack_panels(g, a_side, row, count, k, (const T*)nullptr, T(1), 0, round_up(k, g.k_align), out);
 }
 
@@ -166,33 +163,115 @@ template <class T>
 void pack_right_tiles(const Gemm<T>& g, const Operand<T>& b, int64_t n, int64_t k, char* out, int threads) {
   const int64_t bytes = g.nr * round_up(k, g.k_align) * g.elem;
   parallel_for(ceil_div(n, g.nr), threads, [&](int64_t j, int) {
-    Buffer<T> scratch;
-    pack_tiles(g, false, b, j * g.nr, std::min<int64_t>(g.nr, n - j * g.nr), k, scratch, out + j * bytes);
+    pack_tiles(g, false, b, j * g.nr, std::min<int64_t>(g.nr, n - j * g.nr), 0, k, out + j * bytes);
   });
 }
 
+// Rows and, unless the right operand comes packed, columns of K in blocks: what is laid out of the left operand stays
+// in L2 then, and small. A task is a few panels of the right operand.
 template <class T>
 void tile_product(const Gemm<T>& g, const ProductParams& p, int threads) {
-  constexpr int64_t kLeftPanels = 4;  // 128 rows, which stay in L2 beside a panel of the right operand
+  constexpr int64_t kRows = 512, kPanels = 4;  // of the left operand, those multiplied at once: their tile stays near
   const SideKernels<T>& side = kernels<T>().side;
-  const int64_t m = p.out.shape[1], n = p.out.shape[2], k = p.a.shape[p.a_turned ? 1 : 2];
-  const int64_t padded = round_up(k, g.k_align), panels = ceil_div(n, g.nr), pitch = kTilePanels * g.nr;
-  const int64_t block = g.mr * std::min(kLeftPanels, ceil_div(ceil_div(m, g.mr), std::max(threads, 1)));
-  const int64_t blocks = ceil_div(m, block);
-  parallel_for(p.out.shape[0] * blocks, threads, [&](int64_t task, int) {
-    const int64_t item = task / blocks, first = task % blocks * block, rows = std::min(block, m - first);
-    Buffer<T> scratch, tile(block * pitch);
-    Buffer<char> left(block * padded * g.elem);
-    pack_tiles(g, true, Operand<T>(p.a, item, p.a_turned), first, rows, k, scratch, left.get());
-    const char* right = reinterpret_cast<const char*>(p.packed.as<const T>() + item * p.packed.shape[1]);
-    for (int64_t j = 0; j < panels; j += kTilePanels) {
-      const int64_t here = std::min(kTilePanels, panels - j), column = j * g.nr;
-      g.run(ceil_div(rows, g.mr), here, padded, left.get(), right + j * g.nr * padded * g.elem, tile.get(), pitch);
-      side.finish(tile.get(), pitch, rows, std::min(here * g.nr, n - column),
-                  p.bias.present() ? p.bias.as<const T>() + column : nullptr, p.add,
-                  p.out.as<T>() + item * p.out.stride[0] + first * p.out.stride[1] + column, p.out.stride[1]);
+  const int64_t m = p.out.shape[1], n = p.out.shape[2], whole = p.a.shape[p.a_turned ? 1 : 2];
+  const bool packed = p.packed.present();
+  const int64_t depth = packed ? whole : std::min(whole, kSlab), most = round_up(depth, g.k_align);
+  const int64_t groups = ceil_div(n, kTilePanels * g.nr), pitch = kTilePanels * g.nr, step = kPanels * g.mr;
+  const int team = static_cast<int>(std::clamp<int64_t>(threads, 1, groups));
+  Buffer<char> left(round_up(std::min(m, kRows), g.mr) * most * g.elem);
+  struct Own {
+    Buffer<char> right;
+    Buffer<T> tile;
+  };
+  std::vector<Own> scratch(team);
+  for (Own& s : scratch) {
+    s.tile.resize(step * pitch);
+    if (!packed) s.right.resize(pitch * most * g.elem);
+  }
+  auto block = [&](int64_t item, int64_t from, int64_t rows, int64_t k0) {
+    const int64_t k = std::min(depth, whole - k0), padded = round_up(k, g.k_align);
+    const Operand<T> a(p.a, item, p.a_turned), b(p.b, item, !p.b_turned);
+    parallel_for(ceil_div(rows, g.mr), threads, [&](int64_t i, int) {
+      pack_tiles(g, true, a, from + i * g.mr, std::min<int64_t>(g.mr, rows - i * g.mr), k0, k,
+                 left.get() + i * g.mr * padded * g.elem);
+    });
+    parallel_for(groups, team, [&](int64_t group, int thread) {
+      Own& s = scratch[thread];
+      const int64_t column = group * pitch, columns = std::min(pitch, n - column);
+      const char* right = s.right.get();
+      if (packed)
+        right = reinterpret_cast<const char*>(p.packed.as<const T>() + item * p.packed.shape[1]) +
+                column * padded * g.elem;
+      else
+        pack_tiles(g, false, b, column, columns, k0, k, s.right.get());
+      for (int64_t i = 0; i < rows; i += step) {
+        const int64_t here = std::min(step, rows - i);
+        g.run(ceil_div(here, g.mr), ceil_div(columns, g.nr), padded, left.get() + i * padded * g.elem, right,
+              s.tile.get(), pitch);
+        side.finish(s.tile.get(), pitch, here, columns,
+                    k0 == 0 && p.bias.present() ? p.bias.as<const T>() + column : nullptr, p.add || k0 > 0,
+                    p.out.as<T>() + item * p.out.stride[0] + (from + i) * p.out.stride[1] + column, p.out.stride[1]);
+      }
+    });
+  };
+  for (int64_t item = 0; item < p.out.shape[0]; ++item)
+    for (int64_t from = 0; from < m; from += kRows)
+      for (int64_t k0 = 0; k0 < whole; k0 += depth) block(item, from, std::min(kRows, m - from), k0);
+}
+
+// tile (m, columns) = a (m, k) b (columns, k)^T.
+template <class T>
+void few_dots(const Kernels<T>& kn, int64_t m, int64_t columns, int64_t k, const T* a, int64_t a_pitch, const T* b,
+              int64_t b_pitch, T* tile, int64_t tile_pitch) {
+  const T *left[kMaxDots], *right[kMaxDots];
+  T found[kMaxDots * kMaxDots];
+  for (int64_t j = 0; j < columns; j += kn.dot_columns) {
+    for (int c = 0; c < kn.dot_columns; ++c) right[c] = b + std::min(j + c, columns - 1) * b_pitch;
+    for (int64_t i = 0; i < m; i += kn.dot_rows) {
+      for (int r = 0; r < kn.dot_rows; ++r) left[r] = a + std::min(i + r, m - 1) * a_pitch;
+      kn.dots(left, right, k, found);
+      for (int r = 0; r < std::min<int64_t>(kn.dot_rows, m - i); ++r)
+        std::copy_n(found + r * kn.dot_columns, std::min<int64_t>(kn.dot_columns, columns - j),
+                    tile + (i + r) * tile_pitch + j);
     }
-  });
+  }
+}
+
+// A left operand of few rows, which do not pay for a layout of the right one: that is read as it is, once.
+template <class T>
+void few_rows(const ProductParams& p, int threads) {
+  constexpr int64_t kColumns = 512;  // of a task: as many of kFewRows rows stay in L1
+  const Kernels<T>& kn = kernels<T>();
+  const int64_t m = p.out.shape[1], n = p.out.shape[2], k = p.a.shape[p.a_turned ? 1 : 2];
+  Buffer<T> rows(p.a_turned ? m * k : 0);
+  for (int64_t item = 0; item < p.out.shape[0]; ++item) {
+    const Operand<T> a(p.a, item, p.a_turned), b(p.b, item, p.b_turned);
+    for (int64_t r = 0; a.turned && r < m; ++r)
+      for (int64_t i = 0; i < k; ++i) rows[r * k + i] = a.base[i * a.pitch + r];
+    const T* left = a.turned ? rows.get() : a.base;
+    const int64_t left_pitch = a.turned ? k : a.pitch;
+    parallel_for(ceil_div(n, kColumns), threads, [&](int64_t task, int) {
+      const int64_t first = task * kColumns, columns = std::min(kColumns, n - first);
+      alignas(64) T tile[kFewRows * kColumns];
+      auto finish = [&](int64_t k0) {
+        kn.side.finish(tile, kColumns, m, columns, k0 == 0 && p.bias.present() ? p.bias.as<const T>() + first : nullptr,
+                       p.add || k0 > 0, p.out.as<T>() + item * p.out.stride[0] + first, p.out.stride[1]);
+      };
+      if (b.turned) {  // a dot product has as many sums as a vector has lanes, which need no short slices
+        for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kSlab) {
+          few_dots(kn, m, columns, std::min(kSlab, k - k0), left + k0, left_pitch, b.base + first * b.pitch + k0,
+                   b.pitch, tile, kColumns);
+          finish(k0);
+        }
+      } else {
+        for_slices(k, [&](int64_t k0, int64_t depth) {
+          kn.side.few_rows(m, columns, depth, left + k0, left_pitch, b.base + k0 * b.pitch + first, b.pitch, tile,
+                           kColumns);
+          finish(k0);
+        });
+      }
+    });
+  }
 }
 
 template <class T>
@@ -282,11 +361,12 @@ void product_cpu(const ProductParams& params, int threads) {
     using T = decltype(zero);
     cpu::check_product<T>(params);
     if (params.out.numel() == 0) return;
-    const cpu::Gemm<T>* tiles = nullptr;
-    if (params.packed.present())
-      tiles = cpu::tiles_for<T>(params.out.shape[2], params.a.shape[params.a_turned ? 1 : 2]);
+    const int64_t m = params.out.shape[1], n = params.out.shape[2], k = params.a.shape[params.a_turned ? 1 : 2];
+    const cpu::Gemm<T>* tiles = params.packed.present() || m >= 64 ? cpu::tiles_for<T>(n, k) : nullptr;
     if (tiles)
       cpu::tile_product(*tiles, params, threads);
+    else if (m <= cpu::kFewRows && !params.packed.present())
+      cpu::few_rows<T>(params, threads);
     else
       cpu::Product<T>(params, threads).run();
   });

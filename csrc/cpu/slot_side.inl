@@ -17,6 +17,30 @@ void side_finish(const T* tile, int64_t tile_pitch, int64_t rows, int64_t column
 }
 
 template <class T>
+void side_few_rows(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_pitch, const T* b, int64_t b_pitch,
+                   T* tile, int64_t tile_pitch) {
+  constexpr int W = Lanes<T>::W, kStep = 4;  // rows of b that meet the tile at once
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) tile[r * tile_pitch + c] = 0;
+  for (int64_t i = 0; i < k; i += kStep, a += kStep, b += kStep * b_pitch) {
+    const int64_t here = k - i < kStep ? k - i : kStep;
+    int64_t c = 0;
+    for (; here == kStep && c + W <= columns; c += W) {
+      const typename Lanes<T>::V b0 = load(b + c), b1 = load(b + b_pitch + c), b2 = load(b + 2 * b_pitch + c),
+                                 b3 = load(b + 3 * b_pitch + c);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* x = a + r * a_pitch;
+        T* y = tile + r * tile_pitch + c;
+        store(y, (load(y) + splat(x[0]) * b0 + splat(x[1]) * b1) + (splat(x[2]) * b2 + splat(x[3]) * b3));
+      }
+    }
+    for (; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t s = 0; s < here; ++s) tile[r * tile_pitch + c] += a[r * a_pitch + s] * b[s * b_pitch + c];
+  }
+}
+
+template <class T>
 void side_norm_grad(const T* x, int64_t width, T mean, T rstd, T* grad) {
   constexpr int W = Lanes<T>::W;
   typename Lanes<T>::V sums = {}, projections = {};

@@ -830,7 +830,8 @@ void everything() {
   slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});
   slot_attend<T>({1, 2, 4, 63, 5, 17, false, true, false, 2});
   for (const ProductShape& p : {ProductShape{1, 1, 1, 1}, ProductShape{2, 15, 33, 129}, ProductShape{1, 114, 130, 40},
-                                ProductShape{1, 5, 31, 1030}, ProductShape{2, 70, 67, 100}, ProductShape{1, 3, 5, 0}, ProductShape{0, 3, 5, 2}})
+                                ProductShape{1, 5, 31, 1030}, ProductShape{2, 70, 67, 100}, ProductShape{1, 514, 66, 64},
+                                ProductShape{1, 3, 5, 0}, ProductShape{0, 3, 5, 2}})
     for (int form = 0; form < 8; ++form) slot_product<T>(p, form & 1, form & 2, form & 4);
   for (int64_t width : {1, 16, 37}) token_norm_grad<T>(2, 65, width);
   propagation<T>(1, 1, 1, 1, 3, 1, 1, 0);
