@@ -17,7 +17,7 @@ FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_cpu_cores_under_sanitizers(tmp_path: Path) -> None:
-    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), HERE / "test_cpu_native.cpp"]
+    sources = [*sorted((CSRC / "cpu").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
 
     def compile_one(source: Path) -> Path:
         target = tmp_path / f"{source.stem}.o"
@@ -28,7 +28,7 @@ def test_cpu_cores_under_sanitizers(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    program = tmp_path / "test_cpu_native"
+    program = tmp_path / "cpu_tests"
     command = ["g++", *FLAGS, *map(str, objects), "-o", str(program)]
     link = subprocess.run(command, check=False, capture_output=True, text=True)
     assert link.returncode == 0, link.stderr
