@@ -19,6 +19,7 @@ import torch
 from peers import SlotForm, eager_slots, lucidrains_slots
 
 import vidops
+from vidops import _native
 
 ITERS = 3
 LIMIT = 2e-5
@@ -165,9 +166,11 @@ def _memory(name: str) -> float:
 
 
 def added_peak(call: Callable[[], object]) -> float:
-    """MiB that a warm call adds, at its peak, to what the process holds; scratch of native code counts too."""
+    """MiB that a warm call adds, at its peak, to what the process holds; scratch of native code counts too, and is
+    given back before, where a thread keeps it for its next call."""
     call()
     gc.collect()
+    _native.C.slot_iterations_release_cpu()
     ctypes.CDLL(None).malloc_trim(0)  # else memory freed before, and not given back, would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = _memory("VmRSS")

@@ -32,6 +32,21 @@ namespace {
 using py::capsule;
 using vidops::bindings::view;
 
+vidops::SlotWeights slot_weights(const py::list& given) {
+  vidops::SlotWeights weights;
+  vidops::require(given.size() == std::size(vidops::kSlotWeights), "weights: expected one entry for each");
+  for (size_t i = 0; i < given.size(); ++i) weights.*vidops::kSlotWeights[i] = view(given[i].cast<capsule>());
+  return weights;
+}
+
+void slot_iterations_inputs(vidops::SlotIterationsParams& a, capsule inputs, const py::list& weights,
+                            capsule token_mask, capsule slot_mask, capsule states, int64_t groups, double scale,
+                            double eps, double denominator, double ln_eps) {
+  a.inputs = view(inputs), a.weights = slot_weights(weights), a.states = view(states);
+  a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
+  a.groups = groups, a.scale = scale, a.eps = eps, a.denominator = denominator, a.ln_eps = ln_eps;
+}
+
 // What forward and backward of slot attention share.
 void slot_attend_inputs(vidops::SlotAttendParams& a, capsule keys, capsule values, capsule mean, capsule rstd,
                         capsule q, capsule c, capsule token_mask, capsule slot_mask, int64_t groups, bool joint,
@@ -265,22 +280,26 @@ PYBIND11_MODULE(_C, m) {
         [](capsule inputs, capsule slots, py::list weights, capsule token_mask, capsule slot_mask, capsule out,
            capsule states, capsule dots, capsule attn, int64_t iters, int64_t groups, double scale, double eps,
            double denominator, double ln_eps, int threads) {
-          vidops::SlotIterationsParams a;
-          a.inputs = view(inputs), a.slots = view(slots);
-          vidops::TensorView* const named[] = {
-              &a.key, &a.key_bias, &a.value, &a.value_bias, &a.norm_slots_weight, &a.norm_slots_bias, &a.q_weight,
-              &a.q_bias, &a.merge_weight, &a.merge_bias, &a.gru_weight_ih, &a.gru_weight_hh, &a.gru_bias_ih,
-              &a.gru_bias_hh, &a.norm_mlp_weight, &a.norm_mlp_bias, &a.mlp_weight1, &a.mlp_bias1, &a.mlp_weight2,
-              &a.mlp_bias2};
-          vidops::require(weights.size() == std::size(named), "weights: expected one entry for each");
-          for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<capsule>());
-          a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
-          a.out = view(out), a.states = view(states), a.dots = view(dots), a.attn = view(attn);
-          a.iters = iters, a.groups = groups, a.scale = scale, a.eps = eps;
-          a.denominator = denominator, a.ln_eps = ln_eps;
+          vidops::SlotIterationsForwardParams a;
+          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, groups, scale, eps, denominator,
+                                 ln_eps);
+          a.slots = view(slots), a.out = view(out), a.dots = view(dots), a.attn = view(attn), a.iters = iters;
           py::gil_scoped_release release;
           vidops::slot_iterations_forward_cpu(a, threads);
         });
+  m.def("slot_iterations_backward_cpu",
+        [](capsule inputs, py::list weights, capsule token_mask, capsule slot_mask, capsule states, capsule grad_dots,
+           capsule grad_attn, capsule grad_slots, capsule grad_inputs, py::list grads, int64_t groups, double scale,
+           double eps, double denominator, double ln_eps, int threads) {
+          vidops::SlotIterationsBackwardParams a;
+          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, groups, scale, eps, denominator,
+                                 ln_eps);
+          a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
+          a.grad_slots = view(grad_slots), a.grad_inputs = view(grad_inputs), a.grads = slot_weights(grads);
+          py::gil_scoped_release release;
+          vidops::slot_iterations_backward_cpu(a, threads);
+        });
+  m.def("slot_iterations_release_cpu", vidops::slot_iterations_release_cpu);
   m.def("token_norm_grad_cpu", [](capsule rows, capsule mean, capsule rstd, capsule grad, int threads) {
     vidops::TokenNormGradParams p;
     p.rows = view(rows), p.mean = view(mean), p.rstd = view(rstd), p.grad = view(grad);

@@ -197,10 +197,25 @@ def level(request):
 
 def _native_call(seed: int) -> SlotCall:
     call = SlotCall.of(*Draw(seed).call())
-    return call._replace(options=call.options._replace(joint_heads=False, activation="relu"))
+    return call._replace(options=call.options._replace(joint_heads=False, activation="relu", mask_grad=False))
 
 
 SINGLE_HEADS = [seed for seed in range(150) if _native_call(seed).options.heads == 1]
+
+
+def _arguments(call: SlotCall) -> list[Any]:
+    return [call.inputs, call.slots, *flat(call.params), call.token_mask, call.slot_mask, *call.options]
+
+
+def _autograd(call: SlotCall, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of inputs, slots and every weight that is there, by the reference; `grads` as the torch op takes them."""
+    arguments = _arguments(call)
+    leaves = [t if t is None else t.clone().requires_grad_(True) for t in arguments[:WEIGHTS]]
+    outputs = reference(*leaves, *arguments[WEIGHTS:])
+    scalar = sum((_finite(t) * g).sum() for t, g in zip(outputs, grads, strict=False))
+    present = [t for t in leaves if t is not None]
+    found = torch.autograd.grad(scalar, present, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(present, found, strict=True)]
 
 
 @NATIVE
@@ -209,9 +224,14 @@ SINGLE_HEADS = [seed for seed in range(150) if _native_call(seed).options.heads 
 def test_native_iterations_are_the_reference(seed):
     """Several heads take the driver."""
     call = _native_call(seed)
-    arguments = call.inputs, call.slots, *flat(call.params), call.token_mask, call.slot_mask, *call.options
-    for got, want in zip(_slot_backends._cpu_iterations(call), reference(*arguments), strict=True):
+    found = _slot_backends._cpu_iterations(call)
+    for got, want in zip(found, reference(*_arguments(call)), strict=True):
         _close(got, want)
+    draw = Draw(seed)
+    grads = [draw.normal(*t.shape) for t in found[:3]]
+    want = _autograd(call, grads)
+    for got, exact in zip(_slot_backends._cpu_iterations_backward(*grads, found[3], call), want, strict=True):
+        _close(got, exact)
 
 
 @NATIVE
@@ -239,17 +259,24 @@ def test_native_iterations_of_wide_slots(gru, level):
     call = wide._replace(inputs=wide.inputs.float(), slots=wide.slots.float(), params=narrow)
 
     def plain(c):
-        return reference(c.inputs, c.slots, *flat(c.params), None, None, *c.options)
+        return reference(*_arguments(c))
 
-    def error(found):
-        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, plain(wide), strict=True)]
+    def error(found, exact):
+        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
 
+    grads = [normal(*shape) for shape in ((5, 17, d), (5, 17, 33), (5, 17, 33))]
+    narrow_grads = [g.float() for g in grads]
     runs = []
     saved = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        runs.append(_slot_backends._cpu_iterations(call))
+        found = _slot_backends._cpu_iterations(call)
+        runs.append([*found, *_slot_backends._cpu_iterations_backward(*narrow_grads, found[3], call)])
     torch.set_num_threads(saved)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    for mine, torchs in zip(error(runs[0]), error(plain(call)), strict=True):
-        assert mine <= max(2 * torchs, 1e-6)
+    exact = [*plain(wide), *_autograd(wide, grads)]
+    torchs = [*plain(call), *_autograd(call, narrow_grads)]
+    # Sums over slots that cancel come after those over tokens: some gradients keep a digit less than autograd's.
+    limits = [1e-6] * len(found) + [2e-6] * (len(exact) - len(found))
+    for mine, theirs, limit in zip(error(runs[0], exact), error(torchs, exact), limits, strict=True):
+        assert mine <= max(2 * theirs, limit)

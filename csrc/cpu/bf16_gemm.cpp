@@ -103,7 +103,8 @@ inline void convert_pair(const float* row, int64_t pitch, int64_t left, __mmask1
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kOrder);
-  __m512 x = _mm512_maskz_loadu_ps(left > 0 ? mask : 0, row), y = _mm512_maskz_loadu_ps(left > 1 ? mask : 0, row + pitch);
+  __m512 x = _mm512_maskz_loadu_ps(left > 0 ? mask : 0, row);
+  __m512 y = _mm512_maskz_loadu_ps(left > 1 ? mask : 0, row + pitch);
   for (int p = 0; p < kParts; ++p) {
     part[p] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
     x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(part[p], 16)));

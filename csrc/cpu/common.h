@@ -102,6 +102,13 @@ inline void check_shape(const TensorView& v, std::initializer_list<int64_t> shap
   }
 }
 
+template <class T>
+void check_contiguous(const TensorView& v, std::initializer_list<int64_t> shape, const char* name) {
+  check(v, static_cast<int>(shape.size()), dtype_of<T>(), name);
+  check_shape(v, shape, name);
+  require(v.contiguous(), std::string(name) + ": expected a contiguous tensor");
+}
+
 // Calls body(T{}) with the element type of a floating tensor.
 template <class F>
 void dispatch_float(DType dtype, F&& body) {

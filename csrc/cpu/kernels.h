@@ -112,6 +112,8 @@ struct SlotKernels {
   void (*softmax_grad)(const SlotSoftmaxGrad<T>& s);
   // Of up to `lanes` rows, as a LayerNorm takes them.
   void (*moments)(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd);
+  // `strip` of rows whose statistics it finds first, `lanes` of each; those that s has are not looked at.
+  void (*strip_moments)(const SlotStrip<T>& s, T eps, T* mean, T* rstd);
 };
 
 // The rest of slot attention.
@@ -123,12 +125,20 @@ struct SideKernels {
   // tile = a b of a few rows a; b is read as it lies, row by row
   void (*few_rows)(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t a_pitch, const T* b, int64_t b_pitch,
                    T* tile, int64_t tile_pitch);
-  // One row of a LayerNorm's backward, in place.
-  void (*norm_grad)(const T* x, int64_t width, T mean, T rstd, T* grad);
+  // One row of a LayerNorm's backward, in place; a weight may be null.
+  void (*norm_grad)(const T* x, int64_t width, T mean, T rstd, const T* weight, T* grad);
+  // What that row adds to the gradients of weight and bias; each may be null.
+  void (*affine_grad)(const T* x, int64_t width, T mean, T rstd, const T* grad, T* weight_grad, T* bias_grad);
   // One row of a LayerNorm with its affine; weight and bias may be null.
   void (*normalise)(const T* x, int64_t width, T mean, T rstd, const T* weight, const T* bias, T* out);
   // One row of a GRU in place, from the (3, width) projections of its input and of itself, in the order r, z, n.
   void (*gru)(const T* from_update, const T* from_slots, int64_t width, T* slots);
+  // Its backward: the projections become their gradients, `grad` that of the slots that entered but for from_slots.
+  void (*gru_grad)(T* from_update, T* from_slots, const T* slots, int64_t width, T* grad);
+  void (*relu)(T* x, int64_t n);                       // what is not a number stays
+  void (*relu_grad)(const T* out, T* grad, int64_t n);  // grad = 0 where out, after ReLU, is 0
+  void (*multiply)(const T* x, const T* y, T* out, int64_t n);     // out = x y
+  void (*multiply_add)(const T* x, const T* y, T* out, int64_t n);  // out += x y
 };
 
 template <class T>

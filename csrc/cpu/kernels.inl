@@ -676,7 +676,8 @@ constexpr Kernels<T> make_table() {
           wide_add<T>,
           absorb,
           slot_table<T>(),
-          {side_finish<T>, side_few_rows<T>, side_norm_grad<T>, side_normalise<T>, side_gru<T>}};
+          {side_finish<T>, side_few_rows<T>, side_norm_grad<T>, side_affine_grad<T>, side_normalise<T>, side_gru<T>,
+           side_gru_grad<T>, side_relu<T>, side_relu_grad<T>, side_multiply<T>, side_multiply_add<T>}};
 }
 
 }  // namespace

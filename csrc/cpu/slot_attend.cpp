@@ -85,11 +85,18 @@ struct Problem {
       kn.pack_left(x + set * share * side.width, share, side.width, packed + set * left_stride(side));
   }
 
-  // A tile of normalised tokens as panels of columns.
-  void pack(const Side<T>& side, int64_t b, int64_t set, int64_t first, int64_t count, const Scratch<T>& s) const {
-    for (int64_t j = 0; j < count; j += kn.lanes)
-      kn.strip({side.row(b, set, first + j), side.pitch(), std::min<int64_t>(kn.lanes, count - j), side.width,
-                &s.mean[j], &s.rstd[j], &s.columns[j / kn.panel * kn.panel * side.width + j % kn.panel], kn.panel});
+  // A tile of normalised tokens as panels of columns. `find`: their statistics are results, not given.
+  void pack(const Side<T>& side, int64_t b, int64_t set, int64_t first, int64_t count, const Scratch<T>& s,
+            bool find = false, T norm_eps = 0) const {
+    for (int64_t j = 0; j < count; j += kn.lanes) {
+      const SlotStrip<T> strip{side.row(b, set, first + j), side.pitch(), std::min<int64_t>(kn.lanes, count - j),
+                               side.width, &s.mean[j], &s.rstd[j],
+                               &s.columns[j / kn.panel * kn.panel * side.width + j % kn.panel], kn.panel};
+      if (find)
+        kn.strip_moments(strip, norm_eps, &s.mean[j], &s.rstd[j]);
+      else
+        kn.strip(strip);
+    }
     // A panel of dots is computed whole, so that a last half of one must hold something.
     const int64_t filled = round_up(count, kn.lanes);
     if (filled % kn.panel == 0) return;
@@ -137,19 +144,23 @@ struct Scratch {
       mask_of.push_back(&mask[r % f.slots / (f.slots / f.groups) * kSlotTile]);
   }
   void clear_total(const Problem<T>& f) { std::fill_n(total.get(), f.rows * f.kn.lanes, T(0)); }
-  // What comes per token.
-  void load_tile(const Problem<T>& f, int64_t b, int64_t first, int64_t count) {
+  // What comes per token. `find`: but for the statistics, which are not known yet.
+  void load_tile(const Problem<T>& f, int64_t b, int64_t first, int64_t count, bool find = false) {
     auto fill = [&](const T* from, T* to) {
       std::copy_n(from + first, count, to);
       std::fill(to + count, to + kSlotTile, to[count - 1]);
     };
-    if (f.p.mean.present()) {
+    if (f.p.mean.present() && !find) {
       fill(f.p.mean.template as<const T>() + b * f.p.mean.stride[0], mean.get());
       fill(f.p.rstd.template as<const T>() + b * f.p.rstd.stride[0], rstd.get());
     }
     const TensorView& m = f.p.token_mask;
     for (int64_t g = 0; m.present() && g < f.groups; ++g)
       fill(m.as<const T>() + b * m.stride[0] + g * m.stride[1], &mask[g * kSlotTile]);
+  }
+  void store_statistics(const Problem<T>& f, int64_t b, int64_t first, int64_t count) {
+    std::copy_n(mean.get(), count, f.p.mean.template as<T>() + b * f.tokens + first);
+    std::copy_n(rstd.get(), count, f.p.rstd.template as<T>() + b * f.tokens + first);
   }
   const T* const* masks(int64_t row) const { return mask_of.empty() ? nullptr : &mask_of[row]; }
 };
@@ -212,16 +223,6 @@ void add_lanes(const SlotKernels<T>& kn, const T* total, int64_t rows, T* sums) 
     for (int l = 0; l < kn.lanes; ++l) sums[r] += total[r * kn.lanes + l];
 }
 
-// Mean and reciprocal deviation of rows [first, end) of item b of x (B,N,D) or, with a set, (B,1,N,D).
-template <class T>
-void row_moments(const SlotKernels<T>& kn, const TensorView& x, const TensorView& mean, const TensorView& rstd,
-                 int64_t b, int64_t first, int64_t end, T eps) {
-  const int64_t pitch = x.stride[x.rank - 2], width = x.shape[x.rank - 1], tokens = mean.shape[1];
-  for (int64_t j = first; j < end; j += kn.lanes)
-    kn.moments(x.as<const T>() + b * x.stride[0] + j * pitch, pitch, std::min<int64_t>(kn.lanes, end - j), width, eps,
-               mean.as<T>() + b * tokens + j, rstd.as<T>() + b * tokens + j);
-}
-
 template <class T>
 void forward(const SlotAttendForwardParams& params, int threads) {
   const Problem<T> f(params);
@@ -237,6 +238,7 @@ void forward(const SlotAttendForwardParams& params, int threads) {
     if (params.attn.present()) s.attn.resize(f.rows * kSlotTile);
   }
   const int64_t key_rows = f.rows / f.keys.sets, value_rows = f.rows / f.values.sets;
+  const bool find = params.norm_eps >= 0;
   sum_over_chunks<T>(
       f, f.values, params.num, params.den, threads, [&](int64_t b, int64_t chunk, int thread, T* sums) {
         Own& s = scratch[thread];
@@ -244,11 +246,10 @@ void forward(const SlotAttendForwardParams& params, int threads) {
         s.clear_total(f);
         f.pack_left(f.keys, f.q(b), s.q_left.get());
         for_tiles(f, chunk, [&](int64_t first, int64_t count) {
-          if (params.norm_eps >= 0)
-            row_moments(kn, params.keys, params.mean, params.rstd, b, first, first + count, T(params.norm_eps));
-          s.load_tile(f, b, first, count);
+          s.load_tile(f, b, first, count, find);
           for (int64_t set = 0; set < f.keys.sets; ++set) {
-            f.pack(f.keys, b, set, first, count, s);
+            f.pack(f.keys, b, set, first, count, s, find, T(params.norm_eps));
+            if (find) s.store_statistics(f, b, first, count);
             kn.dots(key_rows, f.keys.width, &s.q_left[set * f.left_stride(f.keys)], f.c(b) + set * key_rows, count,
                     s.columns.get(), f.keys.row(b, set, first + count), f.keys.pitch(),
                     map + set * key_rows * kSlotTile);
@@ -356,15 +357,10 @@ void token_statistics(const TokenStatisticsParams& params, int threads) {
   const int64_t tokens = x.shape[1], blocks = ceil_div(tokens, kChunk);
   parallel_for(x.shape[0] * blocks, threads, [&](int64_t task, int) {
     const int64_t first = task % blocks * kChunk, end = std::min(tokens, first + kChunk);
-    row_moments(kn, x, params.mean, params.rstd, task / blocks, first, end, static_cast<T>(params.eps));
+    const int64_t b = task / blocks, at = b * tokens + first;
+    kn.moments(x.as<const T>() + b * x.stride[0] + first * x.stride[1], x.stride[1], end - first, x.shape[2],
+               static_cast<T>(params.eps), params.mean.as<T>() + at, params.rstd.as<T>() + at);
   });
-}
-
-template <class T>
-void check_packed(const TensorView& v, std::initializer_list<int64_t> shape, const char* name) {
-  check(v, static_cast<int>(shape.size()), dtype_of<T>(), name);
-  check_shape(v, shape, name);
-  require(v.contiguous(), std::string(name) + ": expected a contiguous tensor");
 }
 
 template <class T>
@@ -379,8 +375,8 @@ template <class T>
 void check_inputs(const SlotAttendParams& p, int64_t values_width) {
   check(p.q, 4, dtype_of<T>(), "q");
   const int64_t batch = p.q.shape[0], heads = p.q.shape[1], slots = p.q.shape[2], tokens = p.keys.shape[2];
-  check_packed<T>(p.q, {batch, heads, slots, p.q.shape[3]}, "q");
-  check_packed<T>(p.c, {batch, heads, slots}, "c");
+  check_contiguous<T>(p.q, {batch, heads, slots, p.q.shape[3]}, "q");
+  check_contiguous<T>(p.c, {batch, heads, slots}, "c");
   check_side<T>(p.keys, p, tokens, p.q.shape[3], "keys");
   check_side<T>(p.values, p, tokens, values_width, "values");
   require(heads > 0 && slots > 0, "q: expected at least one head and one slot");
@@ -404,7 +400,7 @@ void check_inputs(const SlotAttendParams& p, int64_t values_width) {
 template <class T>
 void check_map(const TensorView& map, const SlotAttendParams& p, const char* name) {
   if (map.present())
-    check_packed<T>(map, {p.q.shape[0], p.q.shape[1], p.q.shape[2], p.keys.shape[2]}, name);
+    check_contiguous<T>(map, {p.q.shape[0], p.q.shape[1], p.q.shape[2], p.keys.shape[2]}, name);
 }
 
 }  // namespace
@@ -417,14 +413,14 @@ void slot_attend_forward_cpu(const SlotAttendForwardParams& params, int threads)
     using T = decltype(zero);
     const TensorView& q = params.q;
     cpu::check_inputs<T>(params, params.values.shape[3]);
-    cpu::check_packed<T>(params.num, {q.shape[0], q.shape[1], q.shape[2], params.values.shape[3]}, "num");
-    cpu::check_packed<T>(params.den, {q.shape[0], q.shape[1], q.shape[2]}, "den");
+    cpu::check_contiguous<T>(params.num, {q.shape[0], q.shape[1], q.shape[2], params.values.shape[3]}, "num");
+    cpu::check_contiguous<T>(params.den, {q.shape[0], q.shape[1], q.shape[2]}, "den");
     cpu::check_map<T>(params.dots, params, "dots");
     cpu::check_map<T>(params.attn, params, "attn");
     if (params.norm_eps >= 0) {
       require(params.keys.shape[1] == 1 && params.values.shape[1] == 1, "keys and values: expected raw rows");
-      cpu::check_packed<T>(params.mean, {q.shape[0], params.keys.shape[2]}, "mean");
-      cpu::check_packed<T>(params.rstd, {q.shape[0], params.keys.shape[2]}, "rstd");
+      cpu::check_contiguous<T>(params.mean, {q.shape[0], params.keys.shape[2]}, "mean");
+      cpu::check_contiguous<T>(params.rstd, {q.shape[0], params.keys.shape[2]}, "rstd");
     }
     cpu::forward<T>(params, threads);
   });
@@ -436,8 +432,8 @@ void slot_attend_backward_cpu(const SlotAttendBackwardParams& params, int thread
     const TensorView& q = params.q;
     const int64_t width = params.values.shape[3];
     cpu::check_inputs<T>(params, width);
-    cpu::check_packed<T>(params.grad_num, {q.shape[0], q.shape[1], q.shape[2], width}, "grad_num");
-    cpu::check_packed<T>(params.grad_den, {q.shape[0], q.shape[1], q.shape[2]}, "grad_den");
+    cpu::check_contiguous<T>(params.grad_num, {q.shape[0], q.shape[1], q.shape[2], width}, "grad_num");
+    cpu::check_contiguous<T>(params.grad_den, {q.shape[0], q.shape[1], q.shape[2]}, "grad_den");
     cpu::check_map<T>(params.grad_dots, params, "grad_dots");
     cpu::check_map<T>(params.grad_attn, params, "grad_attn");
     cpu::check(params.grad_keys, 4, cpu::dtype_of<T>(), "grad_keys");
@@ -446,8 +442,8 @@ void slot_attend_backward_cpu(const SlotAttendBackwardParams& params, int thread
     cpu::check(params.grad_values, 4, cpu::dtype_of<T>(), "grad_values");
     cpu::check_shape(params.grad_values, {q.shape[0], params.values.shape[1], params.keys.shape[2], width},
                      "grad_values");
-    cpu::check_packed<T>(params.grad_q, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "grad_q");
-    cpu::check_packed<T>(params.grad_c, {q.shape[0], q.shape[1], q.shape[2]}, "grad_c");
+    cpu::check_contiguous<T>(params.grad_q, {q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, "grad_q");
+    cpu::check_contiguous<T>(params.grad_c, {q.shape[0], q.shape[1], q.shape[2]}, "grad_c");
     cpu::backward<T>(params, threads);
   });
 }
@@ -456,8 +452,8 @@ void token_statistics_cpu(const TokenStatisticsParams& params, int threads) {
   cpu::dispatch_float(params.rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     cpu::check(params.rows, 3, cpu::dtype_of<T>(), "rows");
-    cpu::check_packed<T>(params.mean, {params.rows.shape[0], params.rows.shape[1]}, "mean");
-    cpu::check_packed<T>(params.rstd, {params.rows.shape[0], params.rows.shape[1]}, "rstd");
+    cpu::check_contiguous<T>(params.mean, {params.rows.shape[0], params.rows.shape[1]}, "mean");
+    cpu::check_contiguous<T>(params.rstd, {params.rows.shape[0], params.rows.shape[1]}, "rstd");
     cpu::token_statistics<T>(params, threads);
   });
 }

@@ -362,6 +362,15 @@ VIDOPS_INLINE void row_sums(const T* x, int64_t width, double origin, VD* sum, V
   *square = (q[0] + q[1]) + (q[2] + q[3]);
 }
 
+// What a LayerNorm makes of a row whose variance is known, from its sum of squares about the mean. Of one that overflows
+// in T the reciprocal is 0, on every backend.
+template <class T>
+VIDOPS_INLINE T reciprocal_deviation(double squares, double width, T eps) {
+  const double least = squares < 0 ? 0 : squares;  // not a maximum, which would lose what is not a number
+  const T total = T(least);
+  return total > T(0) && total == 2 * total ? T(0) : T(1 / __builtin_sqrt(least / width + double(eps)));
+}
+
 // As many rows at a time as a vector has lanes.
 template <class T>
 void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps, T* mean, T* rstd) {
@@ -375,20 +384,72 @@ void slot_moments(const T* x, int64_t pitch, int64_t count, int64_t width, T eps
       row_sums(row, width, origin[r], &sums[r], &squares[r]);
     }
     const VD away = lane_sums<double, kWide>(sums) / size;
-    const VD variance = lane_sums<double, kWide>(squares) / size - away * away;
+    const VD about = lane_sums<double, kWide>(squares) - away * away * size;
     for (int r = 0; r < rows; ++r) {
-      const double least = variance[r] < 0 ? 0 : variance[r];  // not a maximum, which would lose what is not a number
-      const T total = T(least * double(width));
       mean[first + r] = T(origin[r] + away[r]);
-      // Of a variance that overflows in T the reciprocal is 0, on every backend.
-      rstd[first + r] =
-          total > T(0) && total == 2 * total ? T(0) : T(1 / __builtin_sqrt(least + double(eps)));
+      rstd[first + r] = reciprocal_deviation(about[r], double(width), eps);
     }
   }
+}
+
+// Vectors of T as sums in double: its halves.
+template <class T>
+struct WideSum {
+  static constexpr int N = Lanes<T>::W / kWide;
+  VD part[N] = {};
+  VIDOPS_INLINE void add(typename Lanes<T>::V v) {
+    T lanes[Lanes<T>::W];
+    store(lanes, v);
+#pragma GCC unroll 2
+    for (int h = 0; h < N; ++h) part[h] += wide(lanes + h * kWide);
+  }
+};
+
+// Sums over all columns, in double, of what `term` makes of each; eight of them are added up in T first.
+template <class T, class F>
+VIDOPS_INLINE WideSum<T> sum_of_columns(int64_t width, F&& term) {
+  WideSum<T> sum;
+  int64_t c = 0;
+  for (; c + 8 <= width; c += 8) {
+    typename Lanes<T>::V v[8];
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; ++u) v[u] = term(c + u);
+    sum.add(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+  }
+  for (; c < width; ++c) sum.add(term(c));
+  return sum;
+}
+
+// Rows side by side need no sums over lanes. Their elements are added up about the first, then their squares about the
+// mean, so that a row's statistics keep all digits but the last.
+template <class T>
+void slot_strip_moments(const SlotStrip<T>& given, T eps, T* mean, T* rstd) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W;
+  SlotStrip<T> s = given;
+  s.mean = s.rstd = nullptr;
+  slot_strip(s);
+  T* const columns = s.columns;
+  const int64_t pitch = s.column_pitch, width = s.width;
+  const V origin = load(columns);
+  const WideSum<T> sums = sum_of_columns<T>(width, [&](int64_t c) __attribute__((always_inline)) {
+    return load(columns + c * pitch) - origin;
+  });
+  for (int r = 0; r < W; ++r) mean[r] = T(double(origin[r]) + sums.part[r / kWide][r % kWide] / double(width));
+  const V centre = load(mean);
+  const WideSum<T> squares = sum_of_columns<T>(width, [&](int64_t c) __attribute__((always_inline)) {
+    const V v = load(columns + c * pitch) - centre;
+    store(columns + c * pitch, v);
+    return v * v;
+  });
+  for (int r = 0; r < W; ++r) rstd[r] = reciprocal_deviation(squares.part[r / kWide][r % kWide], double(width), eps);
+  const V scale = load(rstd);
+  for (int64_t c = 0; c < width; ++c) store(columns + c * pitch, load(columns + c * pitch) * scale);
 }
 
 template <class T>
 constexpr SlotKernels<T> slot_table() {
   return {Lanes<T>::W,    Lanes<T>::NR, Lanes<T>::MR,    block_pitch<T>(),     slot_strip<T>,  slot_pack_left<T>,
-          slot_dots<T>,   slot_sum<T>,  slot_spread<T>, slot_softmax<T>, slot_softmax_grad<T>, slot_moments<T>};
+          slot_dots<T>,   slot_sum<T>,  slot_spread<T>, slot_softmax<T>, slot_softmax_grad<T>, slot_moments<T>,
+          slot_strip_moments<T>};
 }

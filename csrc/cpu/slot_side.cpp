@@ -284,7 +284,7 @@ void token_norm_grad(const TokenNormGradParams& p, int threads) {
     const int64_t b = task / blocks, first = task % blocks * kRows;
     for (int64_t j = first; j < std::min(tokens, first + kRows); ++j)
       kn.norm_grad(p.rows.as<const T>() + b * p.rows.stride[0] + j * p.rows.stride[1], width,
-                   p.mean.as<const T>()[b * tokens + j], p.rstd.as<const T>()[b * tokens + j],
+                   p.mean.as<const T>()[b * tokens + j], p.rstd.as<const T>()[b * tokens + j], nullptr,
                    p.grad.as<T>() + b * p.grad.stride[0] + j * p.grad.stride[1]);
   });
 }

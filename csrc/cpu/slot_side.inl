@@ -41,8 +41,46 @@ void side_few_rows(int64_t rows, int64_t columns, int64_t k, const T* a, int64_t
 }
 
 template <class T>
-void side_norm_grad(const T* x, int64_t width, T mean, T rstd, T* grad) {
+void side_relu(T* x, int64_t n) {
   constexpr int W = Lanes<T>::W;
+  const typename Lanes<T>::V zero = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const typename Lanes<T>::V v = load(x + i);
+    store(x + i, v < zero ? zero : v);
+  }
+  for (; i < n; ++i) x[i] = x[i] < T(0) ? T(0) : x[i];
+}
+
+template <class T>
+void side_relu_grad(const T* out, T* grad, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  const typename Lanes<T>::V zero = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(grad + i, load(out + i) <= zero ? zero : load(grad + i));
+  for (; i < n; ++i) grad[i] = out[i] <= T(0) ? T(0) : grad[i];
+}
+
+template <class T>
+void side_multiply(const T* x, const T* y, T* out, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(x + i) * load(y + i));
+  for (; i < n; ++i) out[i] = x[i] * y[i];
+}
+
+template <class T>
+void side_multiply_add(const T* x, const T* y, T* out, int64_t n) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(out + i) + load(x + i) * load(y + i));
+  for (; i < n; ++i) out[i] += x[i] * y[i];
+}
+
+template <class T>
+void side_norm_grad(const T* x, int64_t width, T mean, T rstd, const T* weight, T* grad) {
+  constexpr int W = Lanes<T>::W;
+  if (weight) side_multiply(grad, weight, grad, width);
   typename Lanes<T>::V sums = {}, projections = {};
   int64_t c = 0;
   for (; c + W <= width; c += W) {
@@ -60,6 +98,21 @@ void side_norm_grad(const T* x, int64_t width, T mean, T rstd, T* grad) {
     store(grad + c, splat(rstd) * (load(grad + c) - splat(sum) -
                                    (load(x + c) - splat(mean)) * splat(rstd) * splat(projection)));
   for (; c < width; ++c) grad[c] = rstd * (grad[c] - sum - (x[c] - mean) * rstd * projection);
+}
+
+template <class T>
+void side_affine_grad(const T* x, int64_t width, T mean, T rstd, const T* grad, T* weight_grad, T* bias_grad) {
+  constexpr int W = Lanes<T>::W;
+  int64_t c = 0;
+  for (; c + W <= width; c += W) {
+    const typename Lanes<T>::V g = load(grad + c), out = (load(x + c) - splat(mean)) * splat(rstd);
+    if (weight_grad) store(weight_grad + c, load(weight_grad + c) + g * out);
+    if (bias_grad) store(bias_grad + c, load(bias_grad + c) + g);
+  }
+  for (; c < width; ++c) {
+    if (weight_grad) weight_grad[c] += grad[c] * ((x[c] - mean) * rstd);
+    if (bias_grad) bias_grad[c] += grad[c];
+  }
 }
 
 template <class T>
@@ -96,25 +149,56 @@ VIDOPS_INLINE VD tanh_of(VD x) {
   return x;
 }
 
+// Vectors of a row's parts, `here` elements of each, and back.
+template <class T, int N>
+VIDOPS_INLINE void load_parts(const T* const (&from)[N], int64_t here, typename Lanes<T>::V* part) {
+  for (int i = 0; i < N; ++i)
+    if (here == Lanes<T>::W)
+      part[i] = load(from[i]);
+    else
+      for (int64_t l = 0; l < here; ++l) part[i][l] = from[i][l];
+}
+template <class T>
+VIDOPS_INLINE void store_part(typename Lanes<T>::V v, int64_t here, T* to) {
+  if (here == Lanes<T>::W)
+    store(to, v);
+  else
+    for (int64_t l = 0; l < here; ++l) to[l] = v[l];
+}
+
 template <class T>
 void side_gru(const T* from_update, const T* from_slots, int64_t width, T* slots) {
+  using V = typename Lanes<T>::V;
   constexpr int W = Lanes<T>::W;
   for (int64_t c = 0; c < width; c += W) {
     const int64_t here = width - c < W ? width - c : W;
-    typename Lanes<T>::V part[7] = {};  // r, z, n of both, and the slots
-    for (int i = 0; i < 7; ++i) {
-      const T* from = i == 6 ? slots + c : (i < 3 ? from_update : from_slots) + i % 3 * width + c;
-      if (here == W)
-        part[i] = load(from);
-      else
-        for (int64_t l = 0; l < here; ++l) part[i][l] = from[l];
-    }
-    const typename Lanes<T>::V reset = sigmoid_of(part[0] + part[3]), keep = sigmoid_of(part[1] + part[4]);
-    const typename Lanes<T>::V candidate = tanh_of(part[2] + reset * part[5]);
-    const typename Lanes<T>::V moved = (splat(T(1)) - keep) * candidate + keep * part[6];
-    if (here == W)
-      store(slots + c, moved);
-    else
-      for (int64_t l = 0; l < here; ++l) slots[c + l] = moved[l];
+    const T *u = from_update + c, *s = from_slots + c;
+    V part[7] = {};  // r, z, n of both, and the slots
+    load_parts<T, 7>({u, u + width, u + 2 * width, s, s + width, s + 2 * width, slots + c}, here, part);
+    const V reset = sigmoid_of(part[0] + part[3]), keep = sigmoid_of(part[1] + part[4]);
+    const V candidate = tanh_of(part[2] + reset * part[5]);
+    store_part((splat(T(1)) - keep) * candidate + keep * part[6], here, slots + c);
+  }
+}
+
+template <class T>
+void side_gru_grad(T* from_update, T* from_slots, const T* slots, int64_t width, T* grad) {
+  using V = typename Lanes<T>::V;
+  constexpr int W = Lanes<T>::W;
+  const V one = splat(T(1));
+  for (int64_t c = 0; c < width; c += W) {
+    const int64_t here = width - c < W ? width - c : W;
+    T *u = from_update + c, *s = from_slots + c;
+    V part[8] = {};
+    load_parts<T, 8>({u, u + width, u + 2 * width, s, s + width, s + 2 * width, slots + c, grad + c}, here, part);
+    const V reset = sigmoid_of(part[0] + part[3]), keep = sigmoid_of(part[1] + part[4]), recurrent = part[5];
+    const V candidate = tanh_of(part[2] + reset * recurrent), g = part[7];
+    const V grad_candidate = g * (one - keep) * (one - candidate * candidate);
+    const V grad_keep = g * (part[6] - candidate) * keep * (one - keep);
+    const V grad_reset = grad_candidate * recurrent * reset * (one - reset);
+    store_part(grad_reset, here, u), store_part(grad_reset, here, s);
+    store_part(grad_keep, here, u + width), store_part(grad_keep, here, s + width);
+    store_part(grad_candidate, here, u + 2 * width), store_part(grad_candidate * reset, here, s + 2 * width);
+    store_part(g * keep, here, grad + c);
   }
 }

@@ -177,29 +177,39 @@ struct IterationsShape {
   bool gru;
 };
 
-// Against the operators it is made of where those are plain: here what sanitizers, guards and threads say.
+// What sanitizers, guards and threads say; that results and gradients are right is tested against the reference in
+// Python.
 template <class T>
 void iterations(const IterationsShape& s) {
   auto x = normal<T>({s.batch, s.tokens, s.channels}, 1, 3), slots = normal<T>({s.batch, s.slots, s.width}, 1, 0);
-  auto weight = [](int64_t outs, int64_t ins) { return normal<T>({outs, ins}, 1 / std::sqrt(double(ins)), 0); };
-  auto key = weight(s.hq, s.channels), value = weight(s.hv, s.channels), q = weight(s.hq, s.width);
-  auto merge = weight(s.width, s.hv), ih = weight(3 * s.width, s.width), hh = weight(3 * s.width, s.width);
-  auto first = weight(s.hidden, s.width), second = weight(s.width, s.hidden);
-  auto key_bias = normal<T>({s.hq}, 1, 0), value_bias = normal<T>({s.hv}, 1, 0), shift = normal<T>({s.width}, 1, 0);
-  std::vector<Array<T>> outs;
+  std::vector<Array<T>> weights;
+  std::vector<TensorView SlotWeights::*> names;
+  auto add = [&](TensorView SlotWeights::*name, std::vector<int64_t> shape) {
+    names.push_back(name);
+    weights.push_back(normal<T>(shape, 1 / std::sqrt(double(shape.back())), 0));
+  };
+  add(&SlotWeights::k_weight, {s.hq, s.channels}), add(&SlotWeights::v_weight, {s.hv, s.channels});
+  add(&SlotWeights::q_weight, {s.hq, s.width}), add(&SlotWeights::merge_weight, {s.width, s.hv});
+  add(&SlotWeights::k_bias, {s.hq}), add(&SlotWeights::v_bias, {s.hv}), add(&SlotWeights::merge_bias, {s.width});
+  add(&SlotWeights::norm_input_weight, {s.channels}), add(&SlotWeights::norm_slots_bias, {s.width});
+  if (s.gru) add(&SlotWeights::gru_weight_ih, {3 * s.width, s.width});
+  if (s.gru) add(&SlotWeights::gru_weight_hh, {3 * s.width, s.width});
+  if (s.hidden) {
+    add(&SlotWeights::mlp_weight1, {s.hidden, s.width}), add(&SlotWeights::mlp_weight2, {s.width, s.hidden});
+    add(&SlotWeights::mlp_bias2, {s.width}), add(&SlotWeights::norm_mlp_weight, {s.width});
+  }
+  const auto grad_out = normal<T>({s.batch, s.slots, s.width}, 1, 0);
+  auto grad_map = normal<T>({s.batch, s.slots, s.tokens}, 1, 0);
+  std::vector<std::vector<Array<T>>> runs;
   for (int threads : {1, 3}) {
-    Array<T> out({s.batch, s.slots, s.width}), states({3, s.batch, s.slots, s.width});
-    Array<T> dots({s.batch, s.slots, s.tokens}), attn({s.batch, s.slots, s.tokens});
-    SlotIterationsParams p;
-    p.inputs = x.view(), p.slots = slots.view(), p.key = key.view(), p.value = value.view(), p.q_weight = q.view();
-    p.key_bias = key_bias.view(), p.value_bias = value_bias.view(), p.norm_slots_bias = shift.view();
-    p.merge_weight = merge.view(), p.merge_bias = shift.view();
-    if (s.gru) p.gru_weight_ih = ih.view(), p.gru_weight_hh = hh.view();
-    if (s.hidden) p.mlp_weight1 = first.view(), p.mlp_weight2 = second.view(), p.mlp_bias2 = shift.view();
+    std::vector<Array<T>> results{Array<T>({s.batch, s.slots, s.width}), Array<T>({3, s.batch, s.slots, s.width}),
+                                  Array<T>({s.batch, s.slots, s.tokens}), Array<T>({s.batch, s.slots, s.tokens})};
+    Array<T>&out = results[0], &states = results[1], &dots = results[2], &attn = results[3];
+    SlotIterationsForwardParams p;
+    p.inputs = x.view(), p.slots = slots.view(), p.eps = 1e-8, p.iters = 3;
+    for (size_t i = 0; i < names.size(); ++i) p.weights.*names[i] = weights[i].view();
     p.out = out.view(), p.states = states.view(), p.dots = dots.view(), p.attn = attn.view();
-    p.iters = 3, p.eps = 1e-8;
     slot_iterations_forward_cpu(p, threads);
-    expect(out.guarded() && states.guarded() && dots.guarded() && attn.guarded(), "iterations guard");
     for (int64_t token = 0; token < s.tokens; ++token) {
       double sum = 0;
       for (int64_t slot = 0; slot < s.slots; ++slot) sum += double(attn.at(slot, token));
@@ -207,9 +217,24 @@ void iterations(const IterationsShape& s) {
     }
     for (int64_t i = 0; i < slots.rows * s.width; ++i)
       expect(states.data[i] == slots.data[i] && std::isfinite(double(out.data[i])), "iterations: the first state");
-    outs.push_back(out), outs.push_back(dots);
+
+    SlotIterationsBackwardParams g;
+    static_cast<SlotIterationsParams&>(g) = p;
+    g.grad_dots = grad_map.view(), g.grad_attn = grad_map.view();
+    results.push_back(grad_out), results.push_back(Array<T>({s.batch, s.tokens, s.channels}));
+    for (const Array<T>& weight : weights) results.push_back(Array<T>(weight.shape));
+    g.grad_slots = results[4].view(), g.grad_inputs = results[5].view();
+    for (size_t i = 0; i < names.size(); ++i) g.grads.*names[i] = results[6 + i].view();
+    slot_iterations_backward_cpu(g, threads);
+    for (const Array<T>& result : results) {
+      expect(result.guarded(), "iterations guard");
+      for (int64_t i = 0; i < result.rows * result.width(); ++i)
+        expect(std::isfinite(double(result.data[i])) && result.data[i] != Array<T>::sentinel(), "iterations: results");
+    }
+    runs.push_back(std::move(results));
   }
-  expect(outs[0].same_bits(outs[2]) && outs[1].same_bits(outs[3]), "iterations: threads");
+  for (size_t i = 0; i < runs[0].size(); ++i) expect(runs[0][i].same_bits(runs[1][i]), "iterations: threads");
+  slot_iterations_release_cpu();
 }
 
 }  // namespace
@@ -219,6 +244,8 @@ void slot_tests() {
   iterations<T>({2, 33, 17, 5, 9, 7, 9, 0, false});
   iterations<T>({1, 1, 1, 1, 1, 1, 1, 3, true});
   iterations<T>({5, 40, 83, 17, 98, 70, 98, 130, true});  // weights that are laid out once
+  iterations<T>({16, 20, 5, 17, 9, 7, 9, 3, true});       // too many rows for a backward of all iterations together
+  iterations<T>({2, 4100, 64, 2, 5, 3, 5, 4, false});     // item by item
   slot_attend<T>({1, 1, 1, 1, 1, 1, false, false, false, 1});
   slot_attend<T>({2, 1, 7, 300, 64, 32, false, false, true, 1});
   slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});

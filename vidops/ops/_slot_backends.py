@@ -117,32 +117,44 @@ def _one_call(call: SlotCall) -> bool:
     )
 
 
-# The order of the native entry point, after the folded projections.
-_SIDE = (
-    *("norm_slots_weight", "norm_slots_bias", "q_weight", "q_bias", "merge_weight", "merge_bias"),
-    *("gru_weight_ih", "gru_weight_hh", "gru_bias_ih", "gru_bias_hh", "norm_mlp_weight", "norm_mlp_bias"),
-    *("mlp_weight1", "mlp_bias1", "mlp_weight2", "mlp_bias2"),
-)
+def _native_call(call: SlotCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Views of inputs, weights and masks, and the numbers that end the arguments of both entry points."""
+    options, like = call.options, call.inputs
+    token_mask = None if call.token_mask is None else call.token_mask.to(like.dtype).contiguous()
+    slot_mask = None if call.slot_mask is None else (call.slot_mask != 0).to(torch.int32)
+    weights = [w if w is None else w.contiguous() for w in flat(call.params)]
+    views = _native.view(like), _native_views(like, *weights)[1:], *_native_views(like, token_mask, slot_mask)[1:]
+    numbers = options.groups, options.scale, options.eps_add, options.denominator, options.ln_eps, _native.threads()
+    return views, numbers
 
 
 def _cpu_iterations(call: SlotCall) -> tuple[torch.Tensor, ...]:
     options = call.options
-    run = _slot_iterations.Run(_CPU, call, True)
-    folded = (None if t is None else t[0] for t in (run.key, run.key_bias, run.value, run.value_bias))
-    weights = [*folded, *(getattr(run.params, name) for name in _SIDE)]
+    (inputs, *views), numbers = _native_call(call)
     slots = call.slots.contiguous()
     kept = options.iters if options.grad_mode == "full" else 1
     map_shape = (*slots.shape[:2], call.inputs.shape[1])
     dots, attn = (slots.new_empty(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
     out, states = torch.empty_like(slots), slots.new_empty(kept, *slots.shape)
-    _native.C.slot_iterations_forward_cpu(
-        *_native_views(call.inputs, slots),
-        _native_views(slots, *(w if w is None else w.contiguous() for w in weights))[1:],
-        *_native_views(slots, run.token_mask, _words(run.slot_mask))[1:], *_native_views(out, states, dots, attn),
-        options.iters, options.groups, options.scale, options.eps_add, options.denominator, options.ln_eps,
-        _native.threads(),
-    )  # fmt: skip
+    given, *results = _native_views(slots, out, states, dots, attn)
+    _native.C.slot_iterations_forward_cpu(inputs, given, *views, *results, options.iters, *numbers)
     return out, dots, attn, states
+
+
+def _cpu_iterations_backward(
+    grad_slots: torch.Tensor, grad_dots: torch.Tensor, grad_attn: torch.Tensor, states: torch.Tensor, call: SlotCall
+) -> list[torch.Tensor]:
+    options = call.options
+    views, numbers = _native_call(call)
+    packed = torch.contiguous_format
+    grads = [None if w is None else torch.empty_like(w, memory_format=packed) for w in flat(call.params)]
+    grad, grad_inputs = grad_slots.clone(memory_format=packed), torch.empty_like(call.inputs, memory_format=packed)
+    maps = grad_dots.contiguous() if options.with_dots else None, grad_attn.contiguous() if options.with_attn else None
+    given = _native_views(states, *maps, grad, grad_inputs)
+    _native.C.slot_iterations_backward_cpu(*views, *given, _native_views(states, *grads)[1:], *numbers)
+    if options.grad_mode == "fixed_point":
+        grad.zero_()
+    return [grad_inputs, grad, *(g for g in grads if g is not None)]
 
 
 def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -151,9 +163,20 @@ def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     return _cpu_iterations(call) if _one_call(call) else _slot_iterations.forward(_CPU, *wide, *args)
 
 
-def cpu_backward(*args: Any) -> list[torch.Tensor]:
-    *grads, states, inputs = args[:5]
-    found = _slot_iterations.backward(_CPU, *grads, states, *_backends.upcast(inputs), *args[5:])
+def cpu_backward(
+    grad_slots: torch.Tensor,
+    grad_dots: torch.Tensor,
+    grad_attn: torch.Tensor,
+    states: torch.Tensor,
+    inputs: torch.Tensor,
+    *args: Any,
+) -> list[torch.Tensor]:
+    grads, wide = (grad_slots, grad_dots, grad_attn), _backends.upcast(inputs)
+    call = SlotCall.of(*wide, *args)
+    if _one_call(call) and not call.options.mask_grad:
+        found = _cpu_iterations_backward(*grads, states, call)
+    else:
+        found = _slot_iterations.backward(_CPU, *grads, states, *wide, *args)
     return [found[0].to(inputs.dtype), *found[1:]]
 
 
