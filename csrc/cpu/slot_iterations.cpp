@@ -4,18 +4,14 @@
 namespace vidops::cpu {
 namespace {
 
-constexpr int64_t kPackedRows = 64;  // fewer rows do not pay for a layout of a whole weight, in memory that is new
-
 template <class T>
 class Iterations : SlotSide<T> {
  public:
   Iterations(const SlotIterationsForwardParams& params, int threads) : SlotSide<T>(params, threads), given_(params) {
-    auto all = {&q_, &key_, &value_, &merge_, &from_update_, &from_slots_, &first_, &second_};
+    if (given_.iters > 1) this->pack_weights();
     int64_t widest = width_;
-    for (SlotWeight<T>* w : all) {
-      if (given_.iters > 1 && rows_ >= kPackedRows) w->pack(scratch_, threads);
+    for (const SlotWeight<T>* w : this->weights())
       if (w->present()) widest = std::max(widest, w->outs());
-    }
     T *a = this->take(rows_ * widest), *b = this->take(rows_ * widest);
     s_.normed = s_.heads = s_.mlp_normed = a, s_.q = s_.update = s_.hidden = b;
     s_.from_update = merge_.present() ? a : b;
@@ -41,8 +37,7 @@ class Iterations : SlotSide<T> {
 
  private:
   using Base = SlotSide<T>;
-  using Base::q_, Base::key_, Base::value_, Base::merge_, Base::from_update_, Base::from_slots_, Base::first_;
-  using Base::second_, Base::rows_, Base::width_, Base::channels_, Base::scratch_, Base::w_;
+  using Base::second_, Base::merge_, Base::rows_, Base::width_, Base::channels_, Base::scratch_, Base::w_;
   const SlotIterationsForwardParams& given_;
   SlotRows<T> s_;
 };

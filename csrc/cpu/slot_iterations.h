@@ -1,6 +1,9 @@
-// One iteration of slot attention: the pass over the tokens (slot_attend.cpp), products with weights (slot_side.cpp) and
-// what comes between them, row by row. Forward (slot_iterations.cpp) and backward (slot_iterations_grad.cpp) share it.
+// One iteration of slot attention: the pass over the tokens (slot_attend.cpp), products with weights (slot_side.cpp)
+// and what comes between them, row by row. Forward (slot_iterations.cpp) and backward (slot_iterations_grad.cpp) share
+// it.
 #pragma once
+
+#include <array>
 
 #include "common.h"
 #include "kernels.h"
@@ -28,7 +31,7 @@ T* or_null(const TensorView& v) {
 }
 
 // Memory that the next call of a thread finds again, up to `kKept` bytes: fresh memory is paid for page by page, which
-// takes longer than a small product.
+// takes longer than a small product. A thread has one of these at a time.
 class Scratch {
  public:
   Scratch() = default;
@@ -138,6 +141,15 @@ class SlotSide {
     key_bias_ = folded_bias(w_.k_weight, w_.k_bias), value_bias_ = folded_bias(w_.v_weight, w_.v_bias);
   }
 
+  std::array<SlotWeight<T>*, 8> weights() {
+    return {&q_, &key_, &value_, &merge_, &from_update_, &from_slots_, &first_, &second_};
+  }
+  // For several iterations. Fewer rows do not pay for a layout of a whole weight, in memory that is new.
+  void pack_weights() {
+    constexpr int64_t kPackedRows = 64;
+    for (SlotWeight<T>* w : weights())
+      if (rows_ >= kPackedRows) w->pack(scratch_, threads_);
+  }
   T* take(int64_t count) { return scratch_.take<T>(count); }
   bool gru() const { return from_update_.present(); }
   bool mlp() const { return first_.present(); }
@@ -252,8 +264,8 @@ class SlotSide {
   const int64_t batch_, slots_, width_, tokens_, channels_, rows_;
   Scratch scratch_;
   SlotWeight<T> q_, key_, value_, merge_, from_update_, from_slots_, first_, second_;
-  T *mean_, *rstd_;               // of the tokens
-  T *key_bias_, *value_bias_;     // with the shift of the inputs' norm inside; null: zero
+  T *mean_, *rstd_;            // of the tokens
+  T *key_bias_, *value_bias_;  // with the shift of the inputs' norm inside; null: zero
 
  private:
   void normalise(const T* x, const TensorView& weight, const TensorView& bias, T* out) const {

@@ -43,6 +43,7 @@ class IterationsGrad : SlotSide<T> {
       hidden_ = grad_hidden_ = pooled(first_.outs());
     }
     for (T** one : {&c_, &weight_, &total_, &grad_den_, &grad_c_}) *one = this->take(rows_);
+    if (iterations_ > 1) this->pack_weights();
     if (key_bias_) key_bias_grad_ = zeros(hq);
     if (value_bias_) value_bias_grad_ = zeros(hv);
     for (const TensorView* v : {&g_.norm_input_weight, &g_.norm_input_bias, &g_.norm_slots_weight, &g_.norm_slots_bias,
