@@ -151,8 +151,8 @@ struct alignas(64) TileConfig {
   _tile_dpbf16ps(2, 5, 6);   \
   _tile_dpbf16ps(3, 5, 7)
 
-// Of a block of each operand: all products of parts that are not too small to count, ordered so that a part stays in its
-// tiles from one to the next.
+// Of a block of each operand: all products of parts that are not too small to count, ordered so that a part stays in
+// its tiles from one to the next.
 template <int kParts>
 inline void add_products(const uint16_t* x, const uint16_t* y) {
   VIDOPS_LOAD_PART(6, 7, y, 0);

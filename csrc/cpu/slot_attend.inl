@@ -362,8 +362,8 @@ VIDOPS_INLINE void row_sums(const T* x, int64_t width, double origin, VD* sum, V
   *square = (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// What a LayerNorm makes of a row whose variance is known, from its sum of squares about the mean. Of one that overflows
-// in T the reciprocal is 0, on every backend.
+// What a LayerNorm makes of a row whose variance is known, from its sum of squares about the mean. Of one that
+// overflows in T the reciprocal is 0, on every backend.
 template <class T>
 VIDOPS_INLINE T reciprocal_deviation(double squares, double width, T eps) {
   const double least = squares < 0 ? 0 : squares;  // not a maximum, which would lose what is not a number

@@ -5,8 +5,8 @@
 // would not be. The order is that of K, whatever the blocks and the threads are. Workspace: one slab of the right
 // operand, and per thread one of a block of the left operand and a tile of results.
 //
-// Where the CPU has tiles of bf16, operands are packed for them, in three parts per number: as exact as float32, and for
-// a hundred rows or more up to twice as fast.
+// Where the CPU has tiles of bf16, operands are packed for them, in three parts per number: as exact as float32, and
+// for a hundred rows or more up to twice as fast.
 #include "common.h"
 #include "kernels.h"
 #include "panels.h"
