@@ -121,9 +121,9 @@ def _native_call(call: SlotCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Views of inputs, weights and masks, and the numbers that end the arguments of both entry points."""
     options, like = call.options, call.inputs
     token_mask = None if call.token_mask is None else call.token_mask.to(like.dtype).contiguous()
-    slot_mask = None if call.slot_mask is None else (call.slot_mask != 0).to(torch.int32)
     weights = [w if w is None else w.contiguous() for w in flat(call.params)]
-    views = _native.view(like), _native_views(like, *weights)[1:], *_native_views(like, token_mask, slot_mask)[1:]
+    inputs, *masks = _native_views(like, token_mask, _words(call.slot_mask))
+    views = inputs, _native_views(like, *weights)[1:], *masks
     numbers = options.groups, options.scale, options.eps_add, options.denominator, options.ln_eps, _native.threads()
     return views, numbers
 

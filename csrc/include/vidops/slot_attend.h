@@ -23,7 +23,7 @@ struct SlotAttendParams {
 struct SlotAttendForwardParams : SlotAttendParams {
   TensorView num, den;    // sum of w V and of w over the tokens; contiguous
   TensorView dots, attn;  // contiguous; absent when not wanted
-  double norm_eps = -1;   // not negative: mean and rstd are results too, as `token_statistics_cpu` finds them
+  double norm_eps = -1;   // not negative: mean and rstd are results, those of `token_statistics_cpu` but for rounding
 };
 
 struct SlotAttendBackwardParams : SlotAttendParams {
