@@ -12,6 +12,7 @@
 #include "vidops/segment_mean.h"
 #include "vidops/slot_attend_cuda.h"
 #include "vidops/slot_iterations_cuda.h"
+#include "vidops/slot_steps_cuda.h"
 #include "vidops/symmetric_kl.h"
 #include "vidops/symmetric_kl_adjacency.h"
 #include "vidops/token_cuda.h"
@@ -41,6 +42,45 @@ void set_slot_weights(SlotIterationsCudaParams& a, const pybind11::list& weights
       &a.mlp_weight2,       &a.mlp_bias2};
   require(weights.size() == sizeof named / sizeof *named, "slot_iterations: one entry for every weight");
   for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<pybind11::capsule>());
+}
+
+SlotWeights slot_weights(const pybind11::list& given) {
+  require(given.size() == std::size(kSlotWeights), "slot_steps: one entry for every weight");
+  SlotWeights weights;
+  for (size_t i = 0; i < given.size(); ++i) weights.*kSlotWeights[i] = view(given[i].cast<pybind11::capsule>());
+  return weights;
+}
+
+// The numbers that end the arguments of all functions of slot_steps, but for device and stream.
+struct SlotStepNumbers {
+  int64_t groups;
+  double scale, eps, denominator, ln_eps;
+  bool gelu;
+
+  explicit SlotStepNumbers(const pybind11::tuple& t)
+      : groups(t[0].cast<int64_t>()), scale(t[1].cast<double>()), eps(t[2].cast<double>()),
+        denominator(t[3].cast<double>()), ln_eps(t[4].cast<double>()), gelu(t[5].cast<bool>()) {}
+};
+
+template <class Params>
+void set_slot_steps(Params& a, const pybind11::capsule& inputs, const pybind11::list& weights,
+                    const pybind11::capsule& token_mask, const pybind11::capsule& slot_mask,
+                    const pybind11::capsule& states, const pybind11::tuple& numbers) {
+  a.inputs = view(inputs), a.weights = slot_weights(weights), a.states = view(states);
+  a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
+  const SlotStepNumbers n(numbers);
+  a.groups = n.groups, a.scale = n.scale, a.eps = n.eps, a.denominator = n.denominator, a.ln_eps = n.ln_eps;
+  a.gelu = n.gelu;
+}
+
+// Asks for scratch by its size in words, then runs.
+template <class Params>
+void run_slot_steps(Params& a, const pybind11::function& allocate, int device, uintptr_t stream,
+                    int64_t (*words)(const Params&, int), void (*run)(const Params&, int, void*)) {
+  const pybind11::object workspace = allocate(words(a, device));
+  a.workspace = view(workspace.cast<pybind11::capsule>());
+  pybind11::gil_scoped_release release;
+  run(a, device, reinterpret_cast<void*>(stream));
 }
 
 }  // namespace
@@ -252,6 +292,25 @@ void bind_cuda(pybind11::module_& m) {
           a.gelu = gelu, a.cluster = cluster;
           py::gil_scoped_release release;
           slot_iterations_forward_cuda(a, device, reinterpret_cast<void*>(stream));
+        });
+  m.def("slot_steps_forward_cuda",
+        [](capsule inputs, py::list weights, capsule token_mask, capsule slot_mask, capsule states, capsule slots,
+           capsule out, capsule dots, capsule attn, int64_t iters, py::tuple numbers, py::function allocate,
+           int device, uintptr_t stream) {
+          SlotStepsForwardCudaParams a;
+          set_slot_steps(a, inputs, weights, token_mask, slot_mask, states, numbers);
+          a.slots = view(slots), a.out = view(out), a.dots = view(dots), a.attn = view(attn), a.iters = iters;
+          run_slot_steps(a, allocate, device, stream, slot_steps_forward_workspace_cuda, slot_steps_forward_cuda);
+        });
+  m.def("slot_steps_backward_cuda",
+        [](capsule inputs, py::list weights, capsule token_mask, capsule slot_mask, capsule states, capsule grad_dots,
+           capsule grad_attn, capsule grad_slots, capsule grad_inputs, py::list grads, py::tuple numbers,
+           py::function allocate, int device, uintptr_t stream) {
+          SlotStepsBackwardCudaParams a;
+          set_slot_steps(a, inputs, weights, token_mask, slot_mask, states, numbers);
+          a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
+          a.grad_slots = view(grad_slots), a.grad_inputs = view(grad_inputs), a.grads = slot_weights(grads);
+          run_slot_steps(a, allocate, device, stream, slot_steps_backward_workspace_cuda, slot_steps_backward_cuda);
         });
   m.def("symmetric_kl_forward_cuda",
         [](capsule p, capsule log_p, capsule q, capsule log_q, capsule distance, capsule workspace, bool same,

@@ -92,6 +92,7 @@ struct SlotAttendArgs {
   float* weight_grads;  // scratch, like dots: the gradient of a weight before the mask
   float* grad_keys;     // (B,Hk,N,Dk)
   float* grad_values;   // null where values are the keys
+  bool grads_add;       // to what is there
 };
 
 namespace {
@@ -649,7 +650,7 @@ VIDOPS_DEVICE void spread_split(const SlotAttendArgs& a, const SlotPlace& place,
     FloatQuad before[4] = {};  // read while the products run
     VIDOPS_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (!there(i)) continue;
+      if (!a.grads_add || !there(i)) continue;
       if (a.grads_whole) {
         before[i] = load_floats(at(i));
         continue;

@@ -282,8 +282,10 @@ void launch(const SlotPlan& plan, cuda::SlotAttendArgs args, DType dtype, bool b
                                : dtype == DType::f32   ? slot_attend_forward_f32
                                  : dtype == DType::f16 ? slot_attend_forward_f16
                                                        : slot_attend_forward_bf16;
-  for (args.first_chunk = 0; args.first_chunk < plan.chunks; args.first_chunk += args.launch_chunks)
+  for (args.first_chunk = 0; args.first_chunk < plan.chunks; args.first_chunk += args.launch_chunks) {
     VIDOPS_LAUNCH(kOp, kernel, grid, plan.threads, args.at.bytes, stream, args);
+    args.grads_add = true;
+  }
 }
 
 void run(const SlotPlan& plan, const cuda::SlotAttendArgs& args, cuda::SlotSumArgs sum, DType dtype, bool backward,
@@ -387,6 +389,7 @@ void slot_attend_backward_cuda(const SlotAttendCudaBackwardParams& params, int d
   }
   args.grad_keys = params.grad_keys.as<float>();
   args.grad_values = sizes.shared ? nullptr : params.grad_values.as<float>();
+  args.grads_add = params.add;
   args.grads_whole = sizes.dk % 4 == 0 && sizes.dv % 4 == 0 && aligned(params.grad_keys.data) &&
                      aligned(params.grad_values.data);
   run(plan, args, sum, params.in.keys.dtype, true, sizes.shared, stream);

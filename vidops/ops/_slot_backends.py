@@ -5,6 +5,7 @@ Arguments of a pass are those of `vidops.reference.slot_attend`, in its order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,18 +104,22 @@ _CPU = _slot_iterations.Attend(
 )
 
 
-def _one_call(call: SlotCall) -> bool:
-    """Whether native code runs all iterations of a forward: one head, in the absorbed form, ReLU, and no empty axis."""
+def _absorbed_head(call: SlotCall) -> bool:
+    """Whether native code runs all iterations: one head, in the absorbed form, and no empty axis."""
     p, options = call.params, call.options
-    if options.heads > 1 or options.joint_heads or (p.mlp_weight1 is not None and options.activation != "relu"):
-        return False
-    if not call.inputs.numel() or not call.slots.numel() or call.inputs.dtype != call.slots.dtype:
+    if options.heads > 1 or options.joint_heads or not call.inputs.numel() or not call.slots.numel():
         return False
     tokens, channels = call.inputs.shape[1:]
     widths = len(p.q_weight), len(p.v_weight)
     return min(widths) > 0 and _slot_iterations.absorbs(
         tokens, channels, call.slots.shape[1], options.iters, 1, *widths
     )
+
+
+def _cpu_one_call(call: SlotCall) -> bool:
+    if call.params.mlp_weight1 is not None and call.options.activation != "relu":
+        return False
+    return call.inputs.dtype == call.slots.dtype and _absorbed_head(call)
 
 
 def _native_call(call: SlotCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -160,7 +165,7 @@ def _cpu_iterations_backward(
 def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     wide = _backends.upcast(inputs)
     call = SlotCall.of(*wide, *args)
-    return _cpu_iterations(call) if _one_call(call) else _slot_iterations.forward(_CPU, *wide, *args)
+    return _cpu_iterations(call) if _cpu_one_call(call) else _slot_iterations.forward(_CPU, *wide, *args)
 
 
 def cpu_backward(
@@ -173,7 +178,7 @@ def cpu_backward(
 ) -> list[torch.Tensor]:
     grads, wide = (grad_slots, grad_dots, grad_attn), _backends.upcast(inputs)
     call = SlotCall.of(*wide, *args)
-    if _one_call(call) and not call.options.mask_grad:
+    if _cpu_one_call(call) and not call.options.mask_grad:
         found = _cpu_iterations_backward(*grads, states, call)
     else:
         found = _slot_iterations.backward(_CPU, *grads, states, *wide, *args)
@@ -242,16 +247,14 @@ _CUDA = _slot_iterations.Attend(_cuda_attend_forward, _cuda_attend_backward, _cu
 def _one_launch_workspace(call: SlotCall) -> torch.Tensor | None:
     """Scratch of the kernel that runs all iterations of a forward, None for a call that it does not take.
 
-    It takes one head and one group, in the absorbed form, of rows and slots of at most 128 channels and at most 32
-    slots, where what it holds per slot fits the shared memory of the device's blocks, and an item's tokens the blocks
+    Of calls of one head in the absorbed form it takes those of one group, of rows and slots of at most 128 channels and
+    at most 32 slots, where what it holds per slot fits the shared memory of the device's blocks, and an item's tokens the blocks
     that may share it.
     """
-    p, options = call.params, call.options
+    p = call.params
     (batch, tokens, channels), (_, slots, width) = call.inputs.shape, call.slots.shape
     widths = len(p.q_weight), len(p.v_weight)
-    if options.heads > 1 or options.groups > 1:
-        return None
-    if not _slot_iterations.absorbs(tokens, channels, slots, options.iters, 1, *widths):
+    if call.options.groups > 1:
         return None
     updates, hidden = (0 if w is None else len(w) for w in (p.merge_weight, p.mlp_weight1))
     sizes = batch, tokens, channels, slots, width, *widths, updates, hidden, call.inputs.element_size()
@@ -280,13 +283,64 @@ def _cuda_iterations(call: SlotCall, workspace: torch.Tensor, cluster: int = 0) 
     return out.to(call.slots.dtype), dots, attn, states
 
 
+def _steps_call(call: SlotCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Views of inputs, weights and masks, and what ends the arguments of both entry points."""
+    options, like = call.options, call.inputs
+    token_mask = None if call.token_mask is None else call.token_mask.float().contiguous()
+    weights = [w if w is None else w.contiguous() for w in flat(call.params)]
+    inputs, *masks = _native_views(like, token_mask, _open_slots(call.slot_mask))
+    views = inputs, _native_views(like, *weights)[1:], *masks
+    numbers = (
+        options.groups, options.scale, options.eps_add, options.denominator, options.ln_eps,
+        options.activation == "gelu",
+    )  # fmt: skip
+
+    def allocate(words: int) -> Any:
+        return _native.view(like.new_empty(words, dtype=torch.int64))
+
+    return views, (numbers, allocate, *_native.stream(like))
+
+
+def _cuda_steps(call: SlotCall) -> tuple[torch.Tensor, ...]:
+    options = call.options
+    views, rest = _steps_call(call)
+    slots = call.slots.contiguous()
+    kept = options.iters if options.grad_mode == "full" else 1
+    map_shape = (*slots.shape[:2], call.inputs.shape[1])
+    floats = functools.partial(slots.new_empty, dtype=torch.float32)
+    dots, attn = (floats(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
+    out, states = torch.empty_like(slots), floats((kept, *slots.shape))
+    tensors = _native_views(states, slots, out, dots, attn)
+    _native.C.slot_steps_forward_cuda(*views, *tensors, options.iters, *rest)
+    return out, dots, attn, states
+
+
+def _cuda_steps_backward(
+    grad_slots: torch.Tensor, grad_dots: torch.Tensor, grad_attn: torch.Tensor, states: torch.Tensor, call: SlotCall
+) -> list[torch.Tensor]:
+    views, rest = _steps_call(call)
+    packed = torch.contiguous_format
+    grads = [None if w is None else torch.empty_like(w, memory_format=packed) for w in flat(call.params)]
+    grad = grad_slots.to(torch.float32, memory_format=packed, copy=True)
+    grad_inputs = torch.empty_like(call.inputs, memory_format=packed)
+    maps = [None if m is None else m[:, 0] for m in _slot_iterations.of_last(grad_dots, grad_attn, call)]
+    given = _native_views(states, *maps, grad, grad_inputs)
+    _native.C.slot_steps_backward_cuda(*views, *given, _native_views(states, *grads)[1:], *rest)
+    if call.options.grad_mode == "fixed_point":
+        grad.zero_()
+    return [grad_inputs, grad.to(call.slots.dtype), *(g for g in grads if g is not None)]
+
+
 def cuda_forward(*args: Any) -> tuple[torch.Tensor, ...]:
     call = SlotCall.of(*args)
-    workspace = _one_launch_workspace(call)
-    if workspace is None:
+    if not _absorbed_head(call):
         return _slot_iterations.forward(_CUDA, *args)
-    return _cuda_iterations(call, workspace)
+    workspace = _one_launch_workspace(call)
+    return _cuda_steps(call) if workspace is None else _cuda_iterations(call, workspace)
 
 
 def cuda_backward(*args: Any) -> list[torch.Tensor]:
+    grads, call = args[:4], SlotCall.of(*args[4:])
+    if _absorbed_head(call) and not call.options.mask_grad:
+        return _cuda_steps_backward(*grads, call)
     return _slot_iterations.backward(_CUDA, *args)

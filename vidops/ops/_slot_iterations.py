@@ -107,7 +107,7 @@ def backward(
     call = SlotCall.of(*args)
     options = call.options
     run = Run(attend, call, absorbed)
-    dots_of_last, attn_of_last = _of_last(grad_dots, grad_attn, call)
+    dots_of_last, attn_of_last = of_last(grad_dots, grad_attn, call)
     grad = grad_slots.to(run.dtype)
     for index in reversed(range(len(states))):
         last = index == len(states) - 1
@@ -124,7 +124,7 @@ def backward(
     ]
 
 
-def _of_last(
+def of_last(
     grad_dots: torch.Tensor, grad_attn: torch.Tensor, call: SlotCall
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the last iteration's maps per head (B, H, S, N), None where the map was not asked for."""

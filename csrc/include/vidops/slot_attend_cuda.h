@@ -29,8 +29,9 @@ struct SlotAttendCudaBackwardParams {
   SlotAttendCudaInputs in;
   TensorView grad_num, grad_den;
   TensorView grad_dots, grad_attn;    // absent: zero
-  TensorView grad_keys, grad_values;  // f32, contiguous, like keys and values, added into; of the rows after mean and
-                                      // rstd where these are present. One buffer if keys and values are one tensor
+  TensorView grad_keys, grad_values;  // f32, contiguous, like keys and values; of the rows after mean and rstd where
+                                      // these are present. One buffer if keys and values are one tensor
+  bool add = true;                    // to what grad_keys and grad_values hold
   TensorView grad_q, grad_c;
 };
 
