@@ -266,11 +266,11 @@ void bind_cuda(pybind11::module_& m) {
         [](capsule grad_num, capsule grad_den, capsule grad_dots, capsule grad_attn, capsule keys, capsule values,
            capsule mean, capsule rstd, capsule q, capsule c, capsule token_mask, capsule slot_mask, capsule grad_keys,
            capsule grad_values, capsule grad_q, capsule grad_c, capsule workspace, int64_t groups, bool joint,
-           double eps, int device, uintptr_t stream) {
+           double eps, bool add, int device, uintptr_t stream) {
           SlotAttendCudaBackwardParams a;
           a.in = slot_attend_inputs(keys, values, mean, rstd, q, c, token_mask, slot_mask);
           a.in.workspace = view(workspace);
-          a.in.groups = groups, a.in.joint = joint, a.in.eps = eps;
+          a.in.groups = groups, a.in.joint = joint, a.in.eps = eps, a.add = add;
           a.grad_num = view(grad_num), a.grad_den = view(grad_den);
           a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
           a.grad_keys = view(grad_keys), a.grad_values = view(grad_values);

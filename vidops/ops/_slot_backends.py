@@ -107,7 +107,7 @@ _CPU = _slot_iterations.Attend(
 def _absorbed_head(call: SlotCall) -> bool:
     """Whether native code runs all iterations: one head, in the absorbed form, and no empty axis."""
     p, options = call.params, call.options
-    if options.heads > 1 or options.joint_heads or not call.inputs.numel() or not call.slots.numel():
+    if options.heads > 1 or not call.inputs.numel() or not call.slots.numel():
         return False
     tokens, channels = call.inputs.shape[1:]
     widths = len(p.q_weight), len(p.v_weight)
@@ -223,7 +223,7 @@ def _cuda_attend_forward(*args: Any) -> Any:
     return results
 
 
-def _cuda_attend_backward(*args: Any) -> Any:
+def _cuda_attend_backward(*args: Any, add: bool = True) -> Any:
     grad_num, grad_den, *maps, keys, values, mean, rstd, q, c, token_mask, slot_mask = args[:12]
     groups, joint, eps_add, grad_keys, grad_values = args[12:]
     grads = q.new_empty(q.shape), c.new_empty(c.shape)
@@ -231,7 +231,7 @@ def _cuda_attend_backward(*args: Any) -> Any:
     tokens = keys, values, mean, rstd, q.contiguous(), c.contiguous(), token_mask, _open_slots(slot_mask)
     results = grad_keys, grad_values, *grads, workspace
     views = _native_views(grad_num.contiguous(), grad_den.contiguous(), *maps, *tokens, *results)
-    _native.C.slot_attend_backward_cuda(*views, groups, joint, eps_add, *_native.stream(q))
+    _native.C.slot_attend_backward_cuda(*views, groups, joint, eps_add, add, *_native.stream(q))
     return grads
 
 
@@ -241,7 +241,7 @@ def _cuda_statistics(inputs: torch.Tensor, dtype: torch.dtype, eps: float) -> tu
     return mean, rstd
 
 
-_CUDA = _slot_iterations.Attend(_cuda_attend_forward, _cuda_attend_backward, _cuda_statistics)
+_CUDA = _slot_iterations.Attend(_cuda_attend_forward, _cuda_attend_backward, _cuda_statistics, writes=True)
 
 
 def _one_launch_workspace(call: SlotCall) -> torch.Tensor | None:
