@@ -893,6 +893,7 @@ struct TokenStatisticsArgs {
   int n, channels;
   i64 rows;
   bool whole;  // rows can be read four channels at a time
+  int lanes;   // of a warp that share a row, a power of two
   float eps;
   float* mean;
   float* rstd;
@@ -900,31 +901,35 @@ struct TokenStatisticsArgs {
 
 namespace {
 
-// One warp per token. The second pass, over the differences from the mean, finds the row in the cache.
+// Lanes share a token, a.lanes of a warp each. The second pass, over the differences from the mean, finds the row in
+// the cache.
 template <class Storage>
 VIDOPS_DEVICE void token_statistics(const TokenStatisticsArgs& a) {
   using Element = typename Storage::Element;
-  const i64 token = (i64)block_x() * (kStatisticsThreads / kWarp) + warp_id();
-  if (token >= a.rows) return;
+  const i64 at = ((i64)block_x() * kStatisticsThreads + thread_x()) / a.lanes;
+  const i64 token = at < a.rows ? at : a.rows - 1;  // all lanes take part in the sums
+  const int lane = lane_id() % a.lanes;
   const Element* x = static_cast<const Element*>(a.x) + token / a.n * a.batch + token % a.n * a.row;
   const auto total = [&](auto use) {
     float part[4] = {};
     if (a.whole) {
       VIDOPS_UNROLL_BY(4)
-      for (int quad = lane_id(); quad < a.channels / 4; quad += kWarp) {
+      for (int quad = lane; quad < a.channels / 4; quad += a.lanes) {
         const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
         VIDOPS_UNROLL
         for (int e = 0; e < 4; ++e) part[e] += use(v.v[e]);
       }
     } else {
-      for (int c = lane_id(); c < a.channels; c += kWarp) part[0] += use(Storage::value(x[c]));
+      for (int c = lane; c < a.channels; c += a.lanes) part[0] += use(Storage::value(x[c]));
     }
-    return warp_sum((part[0] + part[1]) + (part[2] + part[3]));
+    float sum = (part[0] + part[1]) + (part[2] + part[3]);
+    for (int mask = a.lanes / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+    return sum;
   };
   const float count = (float)a.channels;
   const float mean = total([](float v) { return v; }) / count;
   const float variance = total([&](float v) { return (v - mean) * (v - mean); }) / count;
-  if (lane_id() != 0) return;
+  if (lane != 0 || at != token) return;
   a.mean[token] = mean;
   a.rstd[token] = 1.0f / square_root(variance + a.eps);
 }

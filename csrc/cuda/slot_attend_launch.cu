@@ -298,7 +298,8 @@ void add_splits(const cuda::SlotSumArgs& sum, void* stream) {
 
 void run(const SlotPlan& plan, const cuda::SlotAttendArgs& args, cuda::SlotSumArgs sum, DType dtype, bool backward,
          bool shared, void* stream) {
-  if (plan.args.mode == cuda::SlotMode::given) launch(plan, args, dtype, backward, cuda::SlotMode::dots, shared, stream);
+  using cuda::SlotMode;
+  if (plan.args.mode == SlotMode::given) launch(plan, args, dtype, backward, SlotMode::dots, shared, stream);
   launch(plan, args, dtype, backward, plan.args.mode, shared, stream);
   sum.num = args.num, sum.den = args.den;
   add_splits(sum, stream);
@@ -444,14 +445,15 @@ void token_statistics_cuda(const TokenStatisticsCudaParams& params, int device, 
   args.n = to_int(kStatisticsOp, x.shape[1]), args.channels = to_int(kStatisticsOp, x.shape[2]);
   args.whole = args.channels % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % (4 * width) == 0 &&
                args.batch % 4 == 0 && args.row % 4 == 0;
+  args.lanes = 1;  // with four loads of each in flight
+  while (args.lanes < kWarp && args.lanes * 4 < ceil_div(args.channels, args.whole ? 4 : 1)) args.lanes *= 2;
   args.eps = static_cast<float>(params.eps);
   args.mean = params.mean.as<float>(), args.rstd = params.rstd.as<float>();
   const auto kernel = x.dtype == DType::f32   ? token_statistics_f32
                       : x.dtype == DType::f16 ? token_statistics_f16
                                               : token_statistics_bf16;
-  VIDOPS_LAUNCH(kStatisticsOp, kernel,
-                Grid{grid_x(kStatisticsOp, ceil_div(args.rows, kStatisticsThreads / kWarp))}, kStatisticsThreads, 0,
-                stream, args);
+  const Grid grid{grid_x(kStatisticsOp, ceil_div(args.rows, kStatisticsThreads / args.lanes))};
+  VIDOPS_LAUNCH(kStatisticsOp, kernel, grid, kStatisticsThreads, 0, stream, args);
 }
 
 }  // namespace vidops

@@ -8,12 +8,14 @@ namespace vidops {
 namespace {
 
 constexpr const char* kOp = "slot_attend";
-constexpr int64_t kLeastChannels = 128;     // below it slot_attend has longer tiles
-constexpr int64_t kMostRows = 32;           // of a softmax
+constexpr int64_t kLeastChannels = 32;  // below it a warp's products are mostly padding
+constexpr int64_t kMostRows = 32;       // of a softmax
 constexpr int64_t kMostWarps = cuda::kPassThreads / cuda::kWarp;
-constexpr int64_t kForwardBlocks = 3 * 132;  // that a large card runs at once
-constexpr int64_t kBackwardBlocks = 132;
-constexpr int64_t kLeastTiles = 2;          // of a split
+constexpr int64_t kLeastTiles = 2;  // of a split
+// Of a large card.
+constexpr int64_t kMultiprocessors = 132;
+constexpr int64_t kMultiprocessorShared = 228 << 10, kReserved = 1 << 10;  // bytes, and those that a block takes more
+constexpr int64_t kResidentWarps[] = {12, 8};  // of a multiprocessor, by strips: by their registers
 
 using cuda::ceil_div;
 using cuda::round_up;
@@ -37,19 +39,25 @@ PassPlan::PassPlan(const SlotAttendCudaSizes& sizes, bool backward, int64_t shar
   if (!absorbed || sizes.joint || sizes.dk < kLeastChannels || rows < 1 || rows > kMostRows) return;
   strips = rows <= 16 ? 1 : 2;
   const int64_t most_units = strips == 1 ? kPassUnits<1> : kPassUnits<2>, units = ceil_div(sizes.dk, 8);
-  // A backward takes so much shared memory that a multiprocessor runs one block: then of twice the warps.
-  const int64_t warps = !backward && units <= 4 * most_units ? 4 : kMostWarps;
-  if (units > warps * most_units) return;
-  args.warps = static_cast<int>(warps), args.units = static_cast<int>(ceil_div(units, warps));
+  int64_t warps = 1;
+  while (warps * most_units < units) warps *= 2;
+  if (warps > kMostWarps) return;
   args.n = to_int(kOp, sizes.n), args.channels = to_int(kOp, sizes.dk);
   args.slots = to_int(kOp, sizes.slots), args.sets = to_int(kOp, sizes.groups), args.set_rows = static_cast<int>(rows);
   args.launch_sets = backward ? 1 : args.sets;  // sets would race for the gradients of the same tokens
-  args.pitch = static_cast<int>(warps * args.units * 8 * sizes.width / 16 | 1) * 16;
-  lay_out(backward);
+  // Rows of slots take so much shared memory that it may leave room for few blocks: then of more warps.
+  for (;; warps *= 2) {
+    args.warps = static_cast<int>(warps), args.units = static_cast<int>(ceil_div(units, warps));
+    args.pitch = static_cast<int>(warps * args.units * 8 * sizes.width / 16 | 1) * 16;
+    lay_out(backward);
+    const int64_t room = kMultiprocessorShared / (bytes + kReserved);
+    if (warps == kMostWarps || room * warps * 2 > kResidentWarps[strips - 1]) break;
+  }
   if (bytes > shared_limit) return;
 
   const int64_t tiles = ceil_div(sizes.n, kPassTokens), blocks = std::max<int64_t>(sizes.batch * args.launch_sets, 1);
-  const int64_t wanted = (backward ? kBackwardBlocks : kForwardBlocks) / blocks;
+  const int64_t resident = std::min(kResidentWarps[strips - 1] / warps, kMultiprocessorShared / (bytes + kReserved));
+  const int64_t wanted = kMultiprocessors * resident / blocks;
   const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles / kLeastTiles, 1));
   args.share = to_int(kOp, ceil_div(tiles, splits) * kPassTokens);
   args.splits = static_cast<int>(ceil_div(sizes.n, args.share));

@@ -1,5 +1,5 @@
-// Slot attention beside its passes over the tokens, forward and backward: products of rows of slots with weights, norms,
-// gates, and what folds the affine of the inputs' norm into the projections of the tokens.
+// Slot attention beside its passes over the tokens, forward and backward: products of rows of slots with weights,
+// norms, gates, and what folds the affine of the inputs' norm into the projections of the tokens.
 //
 // Products are of float32 accuracy on tensor cores (split_products.cuh). These truncate when they add: what a stage
 // sums up moves on into a sum that is rounded. What splitting cannot give, infinities and overflow, shows as a result
@@ -8,16 +8,18 @@
 
 namespace vidops::cuda {
 
-constexpr int kStepTile = 64;      // rows and columns of a block's part of a product
+constexpr int kStepTile = 64;      // rows of a block's part of a product; columns: as many, or half
 constexpr int kStepDepth = 32;     // of the summed axis, at a stage
 constexpr int kStepStages = 3;
-constexpr int kStepThreads = 128;  // four warps, 32 by 32 each
-// Lines of an operand in shared memory, with the summed axis inside or outside: fragments lie in different banks.
-constexpr int kStepInner = kStepDepth + 4;
-constexpr int kStepOuter = kStepTile + 8;
-constexpr int kStepOperand = kStepTile * kStepInner;  // floats
-static_assert(kStepOperand == kStepDepth * kStepOuter, "one size for both");
-constexpr int kStepShared = kStepStages * 2 * kStepOperand * 4;
+constexpr int kStepThreads = 128;  // four warps, 32 rows by half of the columns each
+// Pitch of an operand of so many lines in shared memory, with the summed axis inside or outside: fragments lie in
+// different banks. Then its size; both in floats.
+template <bool kIsInner, int kLines>
+constexpr int kStepPitch = kIsInner ? kStepDepth + 4 : kLines + 8;
+template <bool kIsInner, int kLines>
+constexpr int kStepOperand = (kIsInner ? kLines : kStepDepth) * kStepPitch<kIsInner, kLines>;
+template <bool kAInner, bool kBInner, int kColumns>
+constexpr int kStepShared = 4 * kStepStages * (kStepOperand<kAInner, kStepTile> + kStepOperand<kBInner, kColumns>);
 constexpr int kStepRowThreads = 256;  // of kernels that give a row to a warp, or an entry to a thread
 constexpr int kStepColumns = 32;      // of a block that sums over rows
 constexpr int kConvertJobs = 24;
@@ -155,6 +157,7 @@ struct SlotTokenGradArgs {
   int n, channels;
   i64 rows;
   bool whole;  // rows can be accessed four channels at a time
+  int lanes;   // of a warp that share a token, a power of two
   const float* mean;
   const float* rstd;
   const float* grad;  // of the normalised rows, contiguous
@@ -175,18 +178,17 @@ struct SlotConvertArgs {
 namespace {
 
 // --- products ---------------------------------------------------------------------------------------------------
-// One stage of an operand: kStepTile lines of the result from `first` on, of `count`, and the summed axis from `from`
-// on, up to `end`. What does not exist is zero. kIsInner: the summed axis is the contiguous one.
-template <bool kIsInner>
+// One stage of an operand: lines of the result from `first` on, of `count`, and the summed axis from `from` on, up to
+// `end`. What does not exist is zero. kIsInner: the summed axis is the contiguous one.
+template <bool kIsInner, int kLines>
 VIDOPS_DEVICE void load_operand(float* to, const float* data, bool whole, int first, int count, int from, int end,
                                 int depth) {
-  constexpr int kPieces = (kIsInner ? kStepDepth : kStepTile) / 4, kLines = kIsInner ? kStepTile : kStepDepth;
-  constexpr int kPitch = kIsInner ? kStepInner : kStepOuter;
+  constexpr int kPieces = (kIsInner ? kStepDepth : kLines) / 4, kPitch = kStepPitch<kIsInner, kLines>;
   const int line = kIsInner ? first : from, line_end = kIsInner ? count : end;
   const int column = kIsInner ? from : first, column_end = kIsInner ? end : count;
   const int width = kIsInner ? depth : count;
   VIDOPS_UNROLL
-  for (int i = 0; i < kLines * kPieces / kStepThreads; ++i) {
+  for (int i = 0; i < kLines * kStepDepth / 4 / kStepThreads; ++i) {
     const int place = thread_x() + i * kStepThreads, down = place / kPieces, across = place % kPieces * 4;
     const bool in_line = line + down < line_end;
     float* cell = to + down * kPitch + across;
@@ -201,9 +203,10 @@ VIDOPS_DEVICE void load_operand(float* to, const float* data, bool whole, int fi
   }
 }
 
-template <bool kIsInner>
+template <bool kIsInner, int kLines>
 VIDOPS_DEVICE float operand(const float* tile, int line, int depth) {
-  return kIsInner ? tile[line * kStepInner + depth] : tile[depth * kStepOuter + line];
+  constexpr int kPitch = kStepPitch<kIsInner, kLines>;
+  return kIsInner ? tile[line * kPitch + depth] : tile[depth * kPitch + line];
 }
 
 template <bool kIsInner>
@@ -235,21 +238,23 @@ VIDOPS_DEVICE void finish_product(const SlotProductArgs& a, bool parts, int spli
   a.out[at] = v;
 }
 
-// A warp's 32 by 32 sums; a lane has rows lane / 4 + 16 i + e / 2 * 8 and columns lane % 4 * 2 + 8 j + e % 2.
-template <bool kAInner, bool kBInner>
+// A warp's sums; a lane has rows lane / 4 + 16 i + e / 2 * 8 and columns lane % 4 * 2 + 8 j + e % 2.
+template <bool kAInner, bool kBInner, int kColumns>
 VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
   constexpr bool kParts = !kAInner;  // weights' gradients
+  constexpr int kStrips = kColumns / 16;  // of a warp, eight columns each
+  constexpr int kLeft = kStepOperand<kAInner, kStepTile>, kStage = kLeft + kStepOperand<kBInner, kColumns>;
   VIDOPS_SHARED(memory);
   float* stages = reinterpret_cast<float*>(memory);
-  const int columns = (a.n + kStepTile - 1) / kStepTile, split = (int)block_y();
+  const int columns = (a.n + kColumns - 1) / kColumns, split = (int)block_y();
   const int first_row = (int)(block_x() / (u32)columns) * kStepTile;
-  const int first_column = (int)(block_x() % (u32)columns) * kStepTile;
+  const int first_column = (int)(block_x() % (u32)columns) * kColumns;
   const int begin = split * a.share, end = begin + a.share < a.k ? begin + a.share : a.k;
   const auto load = [&](int from, int stage) {
     if (from < end) {
-      float* to = stages + stage * 2 * kStepOperand;
-      load_operand<kAInner>(to, a.a, a.a_whole, first_row, a.m, from, end, a.k);
-      load_operand<kBInner>(to + kStepOperand, a.b, a.b_whole, first_column, a.n, from, end, a.k);
+      float* to = stages + stage * kStage;
+      load_operand<kAInner, kStepTile>(to, a.a, a.a_whole, first_row, a.m, from, end, a.k);
+      load_operand<kBInner, kColumns>(to + kLeft, a.b, a.b_whole, first_column, a.n, from, end, a.k);
     }
     copy_commit();
   };
@@ -257,17 +262,17 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
   for (int s = 0; s < kStepStages - 1; ++s) load(begin + s * kStepDepth, s);
 
   const int group = lane_id() / 4, place = lane_id() % 4;
-  const int row = warp_id() / 2 * 32 + group, column = warp_id() % 2 * 32 + group;
-  float sum[2][4][4] = {}, column_sum = 0;
+  const int row = warp_id() / 2 * 32 + group, column = warp_id() % 2 * (kColumns / 2) + group;
+  float sum[2][kStrips][4] = {}, column_sum = 0;
   int stage = 0;
   VIDOPS_NO_UNROLL
   for (int from = begin; from < end; from += kStepDepth) {
     copy_wait<kStepStages - 2>();
     block_sync();
     load(from + (kStepStages - 1) * kStepDepth, (stage + kStepStages - 1) % kStepStages);
-    const float* left = stages + stage * 2 * kStepOperand;
-    const float* right = left + kStepOperand;
-    float run[2][4][4] = {};
+    const float* left = stages + stage * kStage;
+    const float* right = left + kLeft;
+    float run[2][kStrips][4] = {};
     VIDOPS_UNROLL
     for (int eight = 0; eight < kStepDepth; eight += 8) {
       const int depth = eight + place;
@@ -276,11 +281,11 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
       for (int i = 0; i < 2; ++i)
         VIDOPS_UNROLL
         for (int e = 0; e < 4; ++e)
-          x[i].set(e, operand<kAInner>(left, row + i * 16 + e % 2 * 8, depth + e / 2 * 4));
+          x[i].set(e, operand<kAInner, kStepTile>(left, row + i * 16 + e % 2 * 8, depth + e / 2 * 4));
       VIDOPS_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const SplitPair y(operand<kBInner>(right, column + j * 8, depth),
-                          operand<kBInner>(right, column + j * 8, depth + 4));
+      for (int j = 0; j < kStrips; ++j) {
+        const SplitPair y(operand<kBInner, kColumns>(right, column + j * 8, depth),
+                          operand<kBInner, kColumns>(right, column + j * 8, depth + 4));
         VIDOPS_UNROLL
         for (int i = 0; i < 2; ++i) multiply_split(run[i][j], run[i][j], x[i], y);
       }
@@ -288,14 +293,14 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
     VIDOPS_UNROLL
     for (int i = 0; i < 2; ++i)
       VIDOPS_UNROLL
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < kStrips; ++j)
         VIDOPS_UNROLL
         for (int e = 0; e < 4; ++e) sum[i][j][e] += run[i][j][e];
     if (kParts && a.sums && first_column == 0 && thread_x() < kStepTile) {
       const int count = end - from < kStepDepth ? end - from : kStepDepth;
       VIDOPS_UNROLL_BY(8)
       for (int depth = 0; depth < count; ++depth) {
-        const float v = operand<kAInner>(left, thread_x(), depth);
+        const float v = operand<kAInner, kStepTile>(left, thread_x(), depth);
         column_sum += a.row_weight ? v * a.row_weight[from + depth] : v;
       }
     }
@@ -309,21 +314,21 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
   VIDOPS_UNROLL
   for (int i = 0; i < 2; ++i)
     VIDOPS_UNROLL
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < kStrips; ++j)
       VIDOPS_UNROLL
       for (int e = 0; e < 4; ++e) fine = fine && finite(sum[i][j][e]);
   if (fine) {
     VIDOPS_UNROLL
     for (int i = 0; i < 2; ++i)
       VIDOPS_UNROLL
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < kStrips; ++j)
         VIDOPS_UNROLL
         for (int e = 0; e < 4; ++e)
           finish_product(a, parts, split, out_row + i * 16 + e / 2 * 8, out_column + j * 8 + e % 2, sum[i][j][e]);
   } else {
     VIDOPS_NO_UNROLL
-    for (int at = 0; at < 32; ++at) {
-      const int r = out_row + at / 16 * 16 + at / 2 % 2 * 8, c = out_column + at / 4 % 4 * 8 + at % 2;
+    for (int at = 0; at < 8 * kStrips; ++at) {
+      const int r = out_row + at / (4 * kStrips) * 16 + at / 2 % 2 * 8, c = out_column + at / 4 % kStrips * 8 + at % 2;
       float v = 0;
       VIDOPS_NO_UNROLL
       for (int k = begin; r < a.m && c < a.n && k < end; ++k)
@@ -371,45 +376,50 @@ VIDOPS_DEVICE void store<HalfStorage>(u16* to, float v) { *to = float_to_half(v)
 template <>
 VIDOPS_DEVICE void store<BfloatStorage>(u16* to, float v) { *to = (u16)(pack_bfloat(v, 0) & 0xffffu); }
 
-// The gradient of tokens before their norm, from that after it; one warp per token.
+// The gradient of tokens before their norm, from that after it; lanes share a token.
 template <class Storage>
 VIDOPS_DEVICE void token_grad(const SlotTokenGradArgs& a) {
   using Element = typename Storage::Element;
-  const i64 token = warp_row();
-  if (token >= a.rows) return;
+  const i64 at = thread_entry() / a.lanes, token = at < a.rows ? at : a.rows - 1;  // all lanes take part in the sums
+  const int lane = lane_id() % a.lanes;
   const Element* x = static_cast<const Element*>(a.x) + token / a.n * a.batch + token % a.n * a.row;
   const float* grad = a.grad + token * a.channels;
   Element* out = static_cast<Element*>(a.out) + token * a.channels;
   const float mean = a.mean[token], rstd = a.rstd[token], count = (float)a.channels;
   float plain = 0, along = 0;
   const auto add = [&](float g, float v) { plain += g, along += g * ((v - mean) * rstd); };
-  const auto result = [&](float g, float v) { return rstd * (g - plain - (v - mean) * rstd * along); };
   const int quads = a.whole ? a.channels / 4 : 0;
   VIDOPS_UNROLL_BY(4)
-  for (int quad = lane_id(); quad < quads; quad += kWarp) {
+  for (int quad = lane; quad < quads; quad += a.lanes) {
     const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad), g = load_floats(grad + quad * 4);
     VIDOPS_UNROLL
     for (int e = 0; e < 4; ++e) add(g.v[e], v.v[e]);
   }
-  for (int c = quads * 4 + lane_id(); c < a.channels; c += kWarp) add(grad[c], Storage::value(x[c]));
-  plain = warp_sum(plain) / count, along = warp_sum(along) / count;
+  for (int c = quads * 4 + lane; c < a.channels; c += a.lanes) add(grad[c], Storage::value(x[c]));
+  for (int mask = a.lanes / 2; mask; mask /= 2) plain += shuffle_xor(plain, mask), along += shuffle_xor(along, mask);
+  if (at != token) return;
+  plain /= count, along /= count;
+  const auto result = [&](float g, float v) { return rstd * (g - plain - (v - mean) * rstd * along); };
   VIDOPS_UNROLL_BY(4)
-  for (int quad = lane_id(); quad < quads; quad += kWarp) {
+  for (int quad = lane; quad < quads; quad += a.lanes) {
     const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad), g = load_floats(grad + quad * 4);
     typename Storage::Quad r;
     VIDOPS_UNROLL
     for (int e = 0; e < 4; ++e) store<Storage>(&r.v[e], result(g.v[e], v.v[e]));
     reinterpret_cast<typename Storage::Quad*>(out)[quad] = r;
   }
-  for (int c = quads * 4 + lane_id(); c < a.channels; c += kWarp)
+  for (int c = quads * 4 + lane; c < a.channels; c += a.lanes)
     store<Storage>(out + c, result(grad[c], Storage::value(x[c])));
 }
 
 }  // namespace
 
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_nt(SlotProductArgs a) { slot_product<true, true>(a); }
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_nn(SlotProductArgs a) { slot_product<true, false>(a); }
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_tn(SlotProductArgs a) { slot_product<false, false>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_nt_32(SlotProductArgs a) { slot_product<true, true, 32>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_nt_64(SlotProductArgs a) { slot_product<true, true, 64>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_nn_32(SlotProductArgs a) { slot_product<true, false, 32>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_nn_64(SlotProductArgs a) { slot_product<true, false, 64>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_tn_32(SlotProductArgs a) { slot_product<false, false, 32>(a); }
+VIDOPS_KERNEL(kStepThreads, 3) slot_product_tn_64(SlotProductArgs a) { slot_product<false, false, 64>(a); }
 
 // Sums of parts, in their order.
 VIDOPS_KERNEL(kStepRowThreads) slot_parts(SlotPartsArgs a) {

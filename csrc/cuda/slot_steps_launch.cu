@@ -141,7 +141,8 @@ class Steps {
       convert(v.data, wide.data, v.numel(), v.dtype, true);
     }
     mean_ = take(batch_ * tokens_), rstd_ = take(batch_ * tokens_);
-    q_ = matrix(w_.q_weight), key_ = matrix(w_.k_weight), value_ = matrix(w_.v_weight), merge_ = matrix(w_.merge_weight);
+    q_ = matrix(w_.q_weight), key_ = matrix(w_.k_weight), value_ = matrix(w_.v_weight);
+    merge_ = matrix(w_.merge_weight);
     from_update_ = matrix(w_.gru_weight_ih), from_slots_ = matrix(w_.gru_weight_hh);
     first_ = matrix(w_.mlp_weight1), second_ = matrix(w_.mlp_weight2);
     const bool scale = w_.norm_input_weight.present(), shift = w_.norm_input_bias.present();
@@ -309,11 +310,20 @@ class Steps {
     args.splits = 1, args.share = args.k;
     args.bias = ending.bias, args.factor = ending.factor, args.scale = static_cast<float>(ending.scale);
     args.form = ending.form, args.gate = ending.gate, args.before = ending.before, args.add = ending.add;
-    const Grid grid{grid_x(kOp, tiles(m, n))};
-    if (kTurned)
-      VIDOPS_LAUNCH(kOp, slot_product_nt, grid, kStepThreads, kStepShared, stream_, args);
+    if (narrow(m, n))
+      launch_product<true, kTurned, 32>(kTurned ? slot_product_nt_32 : slot_product_nn_32, args);
     else
-      VIDOPS_LAUNCH(kOp, slot_product_nn, grid, kStepThreads, kStepShared, stream_, args);
+      launch_product<true, kTurned, 64>(kTurned ? slot_product_nt_64 : slot_product_nn_64, args);
+  }
+
+  // Whether blocks of half as many columns share the multiprocessors more evenly.
+  static bool narrow(int64_t m, int64_t n) { return n <= 32 || tiles(m, n, 64) < kBlocks; }
+
+  template <bool kAInner, bool kBInner, int kColumns, class Kernel>
+  void launch_product(Kernel kernel, const cuda::SlotProductArgs& args) const {
+    const cuda::Grid grid{cuda::grid_x(kOp, tiles(args.m, args.n, kColumns)), static_cast<unsigned>(args.splits), 1};
+    constexpr int kShared = cuda::kStepShared<kAInner, kBInner, kColumns>;
+    VIDOPS_LAUNCH(kOp, kernel, grid, cuda::kStepThreads, kShared, stream_, args);
   }
 
   static cuda::SlotProductArgs product_args(const float* a, int64_t m, int64_t k, const float* b, int64_t n,
@@ -323,7 +333,9 @@ class Steps {
     args.m = cuda::to_int(kOp, m), args.n = cuda::to_int(kOp, n), args.k = cuda::to_int(kOp, k);
     return args;
   }
-  static int64_t tiles(int64_t m, int64_t n) { return ceil_div(m, cuda::kStepTile) * ceil_div(n, cuda::kStepTile); }
+  static int64_t tiles(int64_t m, int64_t n, int64_t columns) {
+    return ceil_div(m, cuda::kStepTile) * ceil_div(n, columns);
+  }
   static unsigned warps(int64_t rows) {
     return cuda::grid_x(kOp, ceil_div(rows, cuda::kStepRowThreads / cuda::kWarp));
   }
@@ -542,7 +554,7 @@ class Backward : Steps {
 
   // Parts of the rows, so that all multiprocessors have some.
   int64_t splits(const Weight& w) const {
-    return std::clamp<int64_t>(kBlocks / tiles(w.outs, w.ins), 1, ceil_div(rows_, 2 * cuda::kStepDepth));
+    return std::clamp<int64_t>(kBlocks / tiles(w.outs, w.ins, 64), 1, ceil_div(rows_, 2 * cuda::kStepDepth));
   }
 
   void weight_grad(const TensorView& weight, const TensorView& bias, const float* grad, const float* x) {
@@ -558,8 +570,10 @@ class Backward : Steps {
     args.splits = static_cast<int>(ceil_div(rows_, args.share));
     args.part = outs * ins + outs;
     args.sums = bias != nullptr, args.row_weight = row_weight;
-    const Grid grid{grid_x(kOp, tiles(outs, ins)), static_cast<unsigned>(args.splits), 1};
-    VIDOPS_LAUNCH(kOp, slot_product_tn, grid, kStepThreads, kStepShared, stream_, args);
+    if (ins <= 32)
+      launch_product<false, false, 32>(slot_product_tn_32, args);
+    else
+      launch_product<false, false, 64>(slot_product_tn_64, args);
     sum_parts(args.splits, args.part, outs * ins, weight.as<float>(), bias ? outs : 0, bias);
   }
 
@@ -603,11 +617,13 @@ class Backward : Steps {
     args.whole = channels_ % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && args.batch % 4 == 0 &&
                  args.row % 4 == 0 && reinterpret_cast<uintptr_t>(given_.grad_inputs.data) % bytes == 0 &&
                  aligned(grad_tokens_);
+    args.lanes = 1;  // with four loads of each in flight
+    while (args.lanes < kWarp && args.lanes * 4 < ceil_div(channels_, args.whole ? 4 : 1)) args.lanes *= 2;
     args.mean = mean_, args.rstd = rstd_, args.grad = grad_tokens_, args.out = given_.grad_inputs.data;
     const auto kernel = x.dtype == DType::f32   ? slot_token_grad_f32
                         : x.dtype == DType::f16 ? slot_token_grad_f16
                                                 : slot_token_grad_bf16;
-    VIDOPS_LAUNCH(kOp, kernel, Grid{warps(args.rows)}, kStepRowThreads, 0, stream_, args);
+    VIDOPS_LAUNCH(kOp, kernel, Grid{entries(args.rows * args.lanes)}, kStepRowThreads, 0, stream_, args);
   }
 
   bool last() const { return index_ == iterations_ - 1; }

@@ -65,10 +65,26 @@ REGISTER_LIMIT = {
     "segment_mean_rows": 40,
     **{f"slot_attend_{name}_{kind}": 168 for name in ("forward", "backward") for kind in ("f32", "f16", "bf16")},
     "slot_attend_sum": 40,
+    "slot_convert": 40,
+    "slot_dots": 40,
+    "slot_fold": 40,
+    "slot_gates": 40,
+    "slot_gates_grad": 40,
+    "slot_gather_grad": 40,
     **{f"slot_iterations_8_{kind}": 168 for kind in ("f32", "f16", "bf16")},  # 384 threads
     **{f"slot_iterations_16_{kind}": 168 for kind in ("f16", "bf16")},
     "slot_iterations_16_f32": 255,  # 256 threads
     **{f"slot_iterations_32_{kind}": 255 for kind in ("f32", "f16", "bf16")},
+    "slot_mean": 40,
+    "slot_norm": 64,
+    "slot_norm_grad": 64,  # four blocks of 256 threads per multiprocessor
+    "slot_parts": 40,
+    # As many warps of one strip as there are of 168 registers: a block has at most 256 threads.
+    **{f"slot_pass_{strips}_{kind}": n for strips, n in ((16, 168), (32, 255)) for kind in ("f32", "f16", "bf16")},
+    **{f"slot_pass_grad_{strips}_{kind}": n for strips, n in ((16, 176), (32, 255)) for kind in ("f32", "f16", "bf16")},
+    **{f"slot_product_{form}_{width}": 168 for form in ("nt", "nn", "tn") for width in (32, 64)},  # three blocks
+    **{f"slot_token_grad_{kind}": 64 for kind in ("f32", "f16", "bf16")},
+    "slot_unfold": 40,
     **{f"sta_look_{kind}": 64 for kind in ("f32", "f16", "bf16")},
     **{f"sta_match_{kind}": 64 for kind in ("f32", "f16", "bf16")},
     "sta_scan": 64,

@@ -92,8 +92,8 @@ def test_forms(shim: ModuleType, widths: dict[str, Any], activation: str) -> Non
 @pytest.mark.parametrize("half", ["scale", "shift"])
 def test_half_an_affine(shim: ModuleType, half: str) -> None:
     c = case(2, 30, 20, 5, 24, hidden=30)
-    gone = ("norm_input_bias", "norm_mlp_bias", "k_bias") if half == "scale" else ("norm_input_weight", "norm_mlp_weight")
-    check(replace(c, params=replace(c.params, **dict.fromkeys(gone))))
+    other = {"scale": ("norm_input_bias", "norm_mlp_bias", "k_bias"), "shift": ("norm_input_weight", "norm_mlp_weight")}
+    check(replace(c, params=replace(c.params, **dict.fromkeys(other[half]))))
 
 
 def test_masks_and_groups(seeds: ModuleType) -> None:

@@ -248,8 +248,8 @@ def _one_launch_workspace(call: SlotCall) -> torch.Tensor | None:
     """Scratch of the kernel that runs all iterations of a forward, None for a call that it does not take.
 
     Of calls of one head in the absorbed form it takes those of one group, of rows and slots of at most 128 channels and
-    at most 32 slots, where what it holds per slot fits the shared memory of the device's blocks, and an item's tokens the blocks
-    that may share it.
+    at most 32 slots, where what it holds per slot fits the shared memory of the device's blocks, and an item's tokens
+    the blocks that may share it.
     """
     p = call.params
     (batch, tokens, channels), (_, slots, width) = call.inputs.shape, call.slots.shape
