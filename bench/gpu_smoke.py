@@ -22,6 +22,7 @@ from vidops._registry import NO_IMPLEMENTATION, OPS, BackendError
 Case = Callable[[str, torch.device, torch.dtype], list[Any]]
 
 H, N, M, D, K = 3, 37, 83, 20, 5
+WIDE = 136  # channels
 TAU = 0.9
 
 
@@ -99,27 +100,28 @@ def cases(through: torch.dtype) -> dict[str, Case]:
 
     def slot_attention(backend: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
         results = []
-        # Many tokens and one head, whose projections are absorbed, and few tokens with many heads, whose are not.
-        for tokens, heads in ((M, 1), (H, 5)):
+        # Many tokens and one head, whose projections are absorbed, narrow and wide; few tokens with many heads, whose
+        # are not.
+        for tokens, heads, d in ((M, 1, D), (M, 1, WIDE), (H, 5, D)):
             shapes = {
-                "norm_input_weight": (D,), "norm_input_bias": (D,), "q_weight": (D, D), "k_weight": (D, D),
-                "k_bias": (D,), "v_weight": (D, D), "v_bias": (D,), "gru_weight_ih": (3 * D, D),
-                "gru_weight_hh": (3 * D, D), "gru_bias_ih": (3 * D,), "gru_bias_hh": (3 * D,),
-                "mlp_weight1": (D, D), "mlp_weight2": (D, D),
+                "norm_input_weight": (d,), "norm_input_bias": (d,), "q_weight": (d, d), "k_weight": (d, d),
+                "k_bias": (d,), "v_weight": (d, d), "v_bias": (d,), "gru_weight_ih": (3 * d, d),
+                "gru_weight_hh": (3 * d, d), "gru_bias_ih": (3 * d,), "gru_bias_hh": (3 * d,),
+                "mlp_weight1": (d, d), "mlp_weight2": (d, d),
             }  # fmt: skip
-            given = {"inputs": (2, tokens, D), "slots": (2, 6, D), **shapes}
+            given = {"inputs": (2, tokens, d), "slots": (2, 6, d), **shapes}
             leaves = {
-                name: (_normal(*shape, seed=i) * D**-0.5).to(through).to(device, dtype).requires_grad_(True)
+                name: (_normal(*shape, seed=i) * d**-0.5).to(through).to(device, dtype).requires_grad_(True)
                 for i, (name, shape) in enumerate(given.items())
             }
             params = vidops.SlotParams(**{name: leaves[name] for name in shapes})
             mask = (torch.arange(2 * 2 * tokens).view(2, 2, tokens) % 4 != 0).to(device)
             out, dots, attn = vidops.slot_attention(
-                leaves["inputs"] * D**0.5, leaves["slots"], params, iters=3, heads=heads, groups=2, scale=2.0,
+                leaves["inputs"] * d**0.5, leaves["slots"], params, iters=3, heads=heads, groups=2, scale=2.0,
                 extra_denominator=1e-8, activation="gelu", token_mask=mask, return_dots=True, return_attn=True,
                 backend=backend,
             )  # fmt: skip
-            ((out * _normal(2, 6, D, seed=31).to(out)).sum() + (dots**2).mean() + (attn**2).sum()).backward()
+            ((out * _normal(2, 6, d, seed=31).to(out)).sum() + (dots**2).mean() + (attn**2).sum()).backward()
             results += [out.detach(), dots.detach(), attn.detach(), *(leaf.grad for leaf in leaves.values())]
         return results
 

@@ -340,7 +340,8 @@ def cuda_forward(*args: Any) -> tuple[torch.Tensor, ...]:
 
 
 def cuda_backward(*args: Any) -> list[torch.Tensor]:
-    grads, call = args[:4], SlotCall.of(*args[4:])
+    grad_slots, grad_dots, grad_attn, states, *rest = args
+    call = SlotCall.of(*rest)
     if _absorbed_head(call) and not call.options.mask_grad:
-        return _cuda_steps_backward(*grads, call)
+        return _cuda_steps_backward(grad_slots, grad_dots, grad_attn, states, call)
     return _slot_iterations.backward(_CUDA, *args)
