@@ -164,6 +164,40 @@ def matmul(a, b, acc, DOT: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def upper_half(x):
+    """float32 x as bfloat16, its lower 16 bits cut off."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def bf16_parts(x):
+    """float32 x as high + middle + low, bfloat16 of 8 significant bits each: all 24 that it has, above 2^-133.
+
+    Cut by their bits: no instruction rounds, and no pass of the compiler may take x - high for zero.
+    """
+    rest = x - (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    last = rest - (rest.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return upper_half(x), upper_half(rest), upper_half(last)
+
+
+@triton.jit
+def matmul_unrounded(a, b, acc, DOT: tl.constexpr):
+    """acc + a @ b for a in DOT and b in the accumulator's type, none of whose bits is lost.
+
+    Beside bfloat16, tensor cores multiply by the three parts of b. They cut their sums and know no infinity less a
+    part of it, hence the rest as in `matmul`.
+    """
+    if DOT == tl.bfloat16:
+        high, middle, low = bf16_parts(b)
+        small = tl.dot(a.to(DOT), low)
+        small = tl.dot(a.to(DOT), middle, small)
+        small = tl.where(tl.abs(small) < float("inf"), small, 0.0)
+        return acc + tl.dot(a.to(DOT), high, small)
+    else:
+        return matmul(a, b, acc, DOT, False)
+
+
+@triton.jit
 def load_tile(ptr, rows, stride_row, cols, stride_col, ok):
     """Two-dimensional tile at (rows, cols), zero where not `ok`; offsets in 64 bits."""
     offset = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from vidops.kernels import _common
-from vidops.kernels._common import bound, cdiv, launch, matmul
+from vidops.kernels._common import bound, cdiv, launch, matmul, matmul_unrounded
 
 # Programs that a launch should have, by divided tokens: two for each multiprocessor of the largest cards. A constant
 # of the library, because the division fixes the order of additions.
@@ -33,28 +33,27 @@ def _tile_of(ptr, rows, stride, channel, ok):
 
 
 @triton.jit
-def _channels(ptr, rows, row_stride, ok_rows, D: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr):
-    """Rows as matmul operands, in a tuple of CHUNK channels each: no width is padded beyond a chunk."""
+def _channels(ptr, rows, row_stride, ok_rows, D: tl.constexpr, CHUNK: tl.constexpr, TYPE: tl.constexpr):
+    """Rows in TYPE, in a tuple of CHUNK channels each: no width is padded beyond a chunk."""
     tiles = ()
     for first in tl.static_range(0, D, CHUNK):
         channel = first + tl.arange(0, CHUNK)
         ok = ok_rows[:, None] & (channel < D)[None, :]
-        tiles = tiles + (_tile_of(ptr, rows, row_stride, channel, ok).to(DOT),)
+        tiles = tiles + (_tile_of(ptr, rows, row_stride, channel, ok).to(TYPE),)
     return tiles
 
 
 @triton.jit
 def _sum_channels(
-    ptr, rows, row_stride, ok_rows, width, R: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Sum of every row over its channels, as matmul sees them; zero if tokens are not normalised."""
+    ptr, rows, row_stride, ok_rows, width, R: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
+):
+    """Sum of every row over its channels; zero if tokens are not normalised."""
     total = tl.zeros([R], ACC)
     if NORM:
         for first in range(0, width, CHUNK):
             channel = first + tl.arange(0, CHUNK)
             ok = ok_rows[:, None] & (channel < width)[None, :]
-            total += tl.sum(_tile_of(ptr, rows, row_stride, channel, ok).to(DOT).to(ACC), 1)
+            total += tl.sum(_tile_of(ptr, rows, row_stride, channel, ok), 1)
     return total
 
 
@@ -67,14 +66,14 @@ def _inner(
     acc = tl.zeros([T, R], ACC)
     if HOLD:
         for i in tl.static_range(len(held_x)):
-            acc = matmul(held_x[i], tl.trans(held_y[i]), acc, DOT, False)
+            acc = matmul_unrounded(held_x[i], tl.trans(held_y[i]), acc, DOT)
     else:
         for first in range(0, width, CHUNK):
             channel = first + tl.arange(0, CHUNK)
             inside = (channel < width)[None, :]
             left = _tile_of(x, tokens, x_row, channel, ok_t[:, None] & inside)
             right = _tile_of(y, rows, y_row, channel, ok_r[:, None] & inside)
-            acc = matmul(left, tl.trans(right.to(DOT)), acc, DOT, False)
+            acc = matmul_unrounded(left, tl.trans(right), acc, DOT)
     return acc
 
 
@@ -91,7 +90,7 @@ def _outer_sum(
         else:
             channel = base + i * CHUNK + tl.arange(0, CHUNK)
             tile = _tile_of(x, tokens, x_row, channel, ok_t[:, None] & (channel < D)[None, :]).to(DOT)
-        sums = sums + (matmul(tl.trans(tile), w, acc[i], DOT, False),)
+        sums = sums + (matmul_unrounded(tl.trans(tile), w, acc[i], DOT),)
     return sums
 
 
@@ -200,7 +199,7 @@ def _slot_attend_softmax_kernel(
         rows = first + within
         ok_r = within < SEGMENT_ROWS
         head = (first // HEAD_ROWS).to(tl.int64)
-        sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, DOT, ACC)
+        sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, ACC)
         x = keys + item * k_item + head * k_head
         s = _inner((), (), x, tokens, k_row, ok_t, q, rows, DK, ok_r, k_width, T, R, CHUNK, False, DOT, ACC)
         s = _normalised(s, mu, rho, sums, NORM)
@@ -214,7 +213,7 @@ def _slot_attend_softmax_kernel(
         total = total * shrink + tl.sum(e, 1)
         top = higher
         if GRAD:
-            sums = _sum_channels(grad_num, rows, DV, ok_r, v_width, R, CHUNK, NORM, DOT, ACC)
+            sums = _sum_channels(grad_num, rows, DV, ok_r, v_width, R, CHUNK, NORM, ACC)
             x = values + item * v_item + head * v_head
             g = _inner((), (), x, tokens, v_row, ok_t, grad_num, rows, DV, ok_r, v_width, T, R, CHUNK, False, DOT, ACC)
             g = _normalised(g, mu, rho, sums, NORM)
@@ -255,8 +254,8 @@ def _slot_attend_fwd_kernel(
     token_mask += item * m_item
     outside = _outside(slot_mask, item, rows, ok_r, S, SLOT_MASK)
     constants = tl.load(constant + item * ROWS + rows, mask=ok_r, other=0.0)
-    sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, DOT, ACC)
-    held_q = _channels(q, rows, DK, ok_r, DK, CHUNK, DOT) if HOLD else ()
+    sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, ACC)
+    held_q = _channels(q, rows, DK, ok_r, DK, CHUNK, ACC) if HOLD else ()
     floor = tl.full([], eps, ACC)
     lane = tl.arange(0, T)
     acc = _zeros(DV if DV < SHARE else SHARE, R, CHUNK, ACC)
@@ -293,15 +292,12 @@ def _slot_attend_fwd_kernel(
         mass += w
         if NORM:
             w *= rho[:, None]
-        factor = w.to(DOT)
-        if NORM:
-            # Of the weights as the product sees them: what cancels must be equal.
-            moved += factor.to(ACC) * mu[:, None]
+            moved += w * mu[:, None]
         if SAME:
-            acc = _outer_sum(acc, held_k, near, lane, k_row, ok_t, factor, base, DV, CHUNK, HOLD, DOT)
+            acc = _outer_sum(acc, held_k, near, lane, k_row, ok_t, w, base, DV, CHUNK, HOLD, DOT)
         else:
             held_v = _channels(far, lane, v_row, ok_t, DV, CHUNK, DOT) if HOLD else ()
-            acc = _outer_sum(acc, held_v, far, lane, v_row, ok_t, factor, base, DV, CHUNK, HOLD, DOT)
+            acc = _outer_sum(acc, held_v, far, lane, v_row, ok_t, w, base, DV, CHUNK, HOLD, DOT)
     at = (split * items + item) * ROWS
     _store_columns(acc, tl.sum(moved, 0), num + at * DV, rows, ok_r, base, DV, CHUNK)
     tl.store(den + at + rows, tl.sum(mass, 0), mask=ok_r & (base == 0))
@@ -315,9 +311,11 @@ def _add_products(
     channel = first + tl.arange(0, CHUNK)
     ok = ok_t[:, None] & (channel < D)[None, :]
     at = tokens[:, None] * row + channel[None, :]
-    acc = matmul(w, y, tl.load(out + at, mask=ok, other=0.0), DOT, False)
+    acc = tl.load(out + at, mask=ok, other=0.0)
+    # Neither side is tokens: beside bfloat16 ones these are ordinary float32 products on the tensor cores.
+    acc = matmul(w, y, acc, acc.dtype, DOT == tl.bfloat16)
     if TWO:
-        acc = matmul(w2, y2, acc, DOT, False)
+        acc = matmul(w2, y2, acc, acc.dtype, DOT == tl.bfloat16)
     tl.store(out + at, acc, mask=ok)
 
 
@@ -371,10 +369,10 @@ def _slot_attend_bwd_kernel(
     outside = _outside(slot_mask, item, rows, ok_r, S, SLOT_MASK)
     constants = tl.load(constant + item * ROWS + rows, mask=ok_r, other=0.0)
     grad_constants = tl.load(grad_den + item * ROWS + rows, mask=ok_r, other=0.0)
-    q_sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, DOT, ACC)
-    g_sums = _sum_channels(grad_num, rows, DV, ok_r, v_width, R, CHUNK, NORM, DOT, ACC)
-    held_q = _channels(q, rows, DK, ok_r, DK, CHUNK, DOT) if HOLD else ()
-    held_g = _channels(grad_num, rows, DV, ok_r, DV, CHUNK, DOT) if HOLD else ()
+    q_sums = _sum_channels(q, rows, DK, ok_r, k_width, R, CHUNK, NORM, ACC)
+    g_sums = _sum_channels(grad_num, rows, DV, ok_r, v_width, R, CHUNK, NORM, ACC)
+    held_q = _channels(q, rows, DK, ok_r, DK, CHUNK, ACC) if HOLD else ()
+    held_g = _channels(grad_num, rows, DV, ok_r, DV, CHUNK, ACC) if HOLD else ()
     floor = tl.full([], eps, ACC)
     lane = tl.arange(0, T)
     acc = _zeros(DK if DK < SHARE else SHARE, R, CHUNK, ACC)
@@ -436,10 +434,8 @@ def _slot_attend_bwd_kernel(
             )  # fmt: skip
         if NORM:
             g *= rho[:, None]
-        factor = g.to(DOT)
-        if NORM:
-            moved += factor.to(ACC) * mu[:, None]
-        acc = _outer_sum(acc, held_k, near, lane, k_row, ok_t, factor, base, DK, CHUNK, HOLD, DOT)
+            moved += g * mu[:, None]
+        acc = _outer_sum(acc, held_k, near, lane, k_row, ok_t, g, base, DK, CHUNK, HOLD, DOT)
     at = (split * items + item) * ROWS
     _store_columns(acc, tl.sum(moved, 0), grad_q + at * DK, rows, ok_r, base, DK, CHUNK)
     tl.store(grad_c + at + rows, tl.sum(total, 0), mask=ok_r & (base == 0))
@@ -486,13 +482,14 @@ def _tile(width: int, columns: int, dtype: torch.dtype, backward: bool) -> _Tile
         return _Tile(16, 16, min(16, chunk), 32, False, 4, 1)
     if dtype == torch.bfloat16 and backward:
         if narrow:
-            return _Tile(32, 32, chunk, 64, False, 8, 1) if columns > 16 else _Tile(64, 16, chunk, 64, False, 8, 2)
-        return _Tile(32, 16, 128, 1024, False, 8, 1)
+            return _Tile(32, 16, chunk, 64, False, 8, 2)
+        return _Tile(32, 16, 64, 1024 if width <= 384 else 256, False, 8, 1)
     if dtype == torch.bfloat16:
         if narrow:
             return _Tile(64, 32, chunk, 64, False, 8, 2) if columns > 16 else _Tile(64, 16, chunk, 64, True, 4, 2)
-        columns = min(columns, 32) if width <= 384 else 16
-        return _Tile(64, columns, 128 if width <= 768 else 64, 1024, False, 8, 2)
+        if width <= 384:
+            return _Tile(64 if width <= 256 else 32, 16, 128, 1024, False, 8, 1)
+        return _Tile(32, 16, 128, 512, False, 8, 1) if width <= 768 else _Tile(32, 16, 64, 256, False, 8, 2)
     if backward:
         return _Tile(16, 16, chunk if narrow else 32, 64, False, 8, 1)
     return _Tile(64, 16, chunk, 64, False, 8, 1) if narrow else _Tile(16, 16, 64, 256, False, 8, 1)
@@ -590,12 +587,13 @@ class _Plan:
         segment = min(self.unit, self.head_rows)
         blocks = cdiv(segment, self.tile.columns)
         tiles = cdiv(self.n, self.tile.tokens)
+        chunk = min(self.tile.chunk, 16 if self.keys.dtype == torch.bfloat16 else 32)
         launch(
             _slot_attend_softmax_kernel, self.items * units * tiles, *self.inputs(), grad_num, grad_den,
             grad_num if grad_attn is None else grad_attn, lse, correction, *self.strides(), *self.sizes(),
             segment, blocks, bound(blocks * (self.unit // segment)), tiles,
             GRAD=backward, GRAD_ATTN=grad_attn is not None,
-            **{**self.constants(), "CHUNK": min(self.tile.chunk, 32), "num_warps": 4, "num_stages": 1},
+            **{**self.constants(), "CHUNK": chunk, "num_warps": 4, "num_stages": 1},
         )  # fmt: skip
         return lse, correction
 

@@ -18,7 +18,7 @@ tl = triton.language
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS, DEPTH, COLUMNS = 32, 64, 32
-STEP = 8  # columns of one TF32 instruction
+STEP = 8  # columns of one TF32 instruction; of bfloat16 twice as many
 
 
 def cut_to_tf32(x: np.ndarray) -> np.ndarray:
@@ -32,15 +32,19 @@ def cut_to_24_bits(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
     return np.trunc(x / place) * place
 
 
-def tensor_core(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+def cut_to_bf16(x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def tensor_core(a: np.ndarray, b: np.ndarray, acc: np.ndarray, step: int = STEP) -> np.ndarray:
     """acc + a @ b as the least exact of the published models has it.
 
     Products are exact. Those of a step and the accumulator are aligned to the largest of them and cut to 24 bits, then
     added; the sum is cut to float32. Cards differ in keeping one to three bits more.
     """
     a, b, acc = cut_to_tf32(a), cut_to_tf32(b), acc.astype(np.float64)
-    for k in range(0, a.shape[1], STEP):
-        terms = a[:, k : k + STEP, None] * b[None, k : k + STEP]
+    for k in range(0, a.shape[1], step):
+        terms = a[:, k : k + step, None] * b[None, k : k + step]
         terms = np.concatenate([terms, acc[:, None]], 1)
         sums = terms.sum(1)
         finite = np.isfinite(sums)
@@ -60,6 +64,15 @@ def _parts_kernel(x, high, low, parts: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _three_parts_kernel(x, high, middle, low, parts: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    first, second, third = parts(tl.load(x + at))
+    tl.store(high + at, first)
+    tl.store(middle + at, second)
+    tl.store(low + at, third)
+
+
+@triton.jit
 def _product_kernel(
     a, b, out, matmul: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -68,6 +81,17 @@ def _product_kernel(
     right = tl.load(b + depth[:, None] * COLUMNS + column)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     tl.store(out + row * COLUMNS + column, matmul(left, right, acc, tl.float32, True))
+
+
+@triton.jit
+def _unrounded_kernel(
+    a, b, out, matmul: tl.constexpr, cut: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row, column, depth = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :], tl.arange(0, DEPTH)
+    left = cut(tl.load(a + row * DEPTH + depth[None, :]))
+    right = tl.load(b + depth[:, None] * COLUMNS + column)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    tl.store(out + row * COLUMNS + column, matmul(left, right, acc, tl.bfloat16))
 
 
 def _bit_patterns() -> np.ndarray:
@@ -137,9 +161,15 @@ def test_two_parts_hold_every_bit(found):
     assert (lost[rounded] < np.maximum(2.0**-23 * np.abs(x[rounded].astype(np.float64)), 2.0**-136)).all()
 
 
-def _errors(name: str, got: np.ndarray) -> tuple[float, float]:
+def test_three_parts_hold_every_bit(found):
+    x, parts = _bit_patterns().astype(np.float64), [found[f"part_{i}"].astype(np.float64) for i in range(3)]
+    assert (np.abs(sum(parts) - x) < 2.0**-133).all()
+    large = np.abs(x) >= 2.0**-110
+    assert large.any() and np.array_equal(sum(parts)[large], x[large])
+
+
+def _errors(a: np.ndarray, b: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     """Largest error relative to sum |a b|, and that of an ordinary float32 product."""
-    a, b = OPERANDS[name]
     exact, size = a.astype(np.float64) @ b.astype(np.float64), np.abs(a).astype(np.float64) @ np.abs(b)
     return float((np.abs(got - exact) / size).max()), float((np.abs(a @ b - exact) / size).max())
 
@@ -150,23 +180,30 @@ SUMS = DEPTH // STEP * 10 * 2.0**-23
 
 @pytest.mark.parametrize("name", ["normal", "weights", "positive", "large", "tiny", "uneven"])
 def test_products_are_those_of_float32(found, name):
-    error, own = _errors(name, found[f"out_{name}"])
+    a, b = OPERANDS[name]
+    error, own = _errors(a, b, found[f"out_{name}"])
     assert error <= 2.0**-21 + SUMS
     assert error <= 2 * own + 1e-6  # the rule for every kernel
+    error, own = _errors(cut_to_bf16(a), b, found[f"unrounded_{name}"])
+    assert error <= SUMS and error <= 2 * own + 1e-6
 
 
 def test_the_model_tells_tf32_from_float32():
     a, b = OPERANDS["normal"]
-    error, _ = _errors("normal", tensor_core(a, b, np.zeros((ROWS, COLUMNS), dtype=np.float32)))
-    assert error > 1e-4
+    acc = np.zeros((ROWS, COLUMNS), dtype=np.float32)
+    assert _errors(a, b, tensor_core(a, b, acc))[0] > 1e-4
+    a = cut_to_bf16(a)
+    assert _errors(a, b, tensor_core(a, cut_to_bf16(b), acc, 2 * STEP))[0] > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["out", "unrounded"])
 @pytest.mark.parametrize("name", ["special", "overflow"])
-def test_nan_infinity_and_overflow_are_those_of_float32(found, name):
+def test_nan_infinity_and_overflow_are_those_of_float32(found, name, kind):
     a, b = OPERANDS[name]
+    a = a if kind == "out" else cut_to_bf16(a)
     with np.errstate(all="ignore"):
         want = (a.astype(np.float64) @ b).astype(np.float32)
-    got = found[f"out_{name}"]
+    got = found[f"{kind}_{name}"]
     assert np.array_equal(np.isnan(got), np.isnan(want)) and np.isnan(want).any() == (name == "special")
     infinite = np.isinf(want)
     assert infinite.any() and np.array_equal(got[infinite], want[infinite])
@@ -176,9 +213,13 @@ def test_nan_infinity_and_overflow_are_those_of_float32(found, name):
 def _write(given: str, out: str) -> None:
     from triton.runtime import interpreter
 
-    from vidops.kernels._common import matmul, tf32_parts
+    from vidops.kernels._common import bf16_parts, matmul, matmul_unrounded, tf32_parts, upper_half
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar == tl.bfloat16:
+            assert b.dtype.scalar == tl.bfloat16
+            wide = ((t.data.astype(np.uint32) << 16).view(np.float32) for t in (a, b))
+            return interpreter.TensorHandle(tensor_core(*wide, acc.data, 2 * STEP), acc.dtype.scalar)
         assert str(input_precision).endswith("TF32"), input_precision
         return interpreter.TensorHandle(tensor_core(a.data, b.data, acc.data), acc.dtype.scalar)
 
@@ -189,12 +230,21 @@ def _write(given: str, out: str) -> None:
     high, low = torch.empty_like(x), torch.empty_like(x)
     _parts_kernel[(1,)](x, high, low, parts=tf32_parts, SIZE=len(x))
     results = {"high": high.numpy(), "low": low.numpy()}
+    parts = torch.empty(3, len(x), dtype=torch.bfloat16)
+    _three_parts_kernel[(1,)](x, *parts, parts=bf16_parts, SIZE=len(x))
+    results |= {f"part_{i}": part.float().numpy() for i, part in enumerate(parts)}
     for name in OPERANDS:
         product = torch.empty(ROWS, COLUMNS)
         _product_kernel[(1,)](
             tensors[f"a_{name}"], tensors[f"b_{name}"], product, matmul=matmul, ROWS=ROWS, DEPTH=DEPTH, COLUMNS=COLUMNS
         )
         results[f"out_{name}"] = product.numpy()
+        unrounded = torch.empty(ROWS, COLUMNS)
+        _unrounded_kernel[(1,)](
+            tensors[f"a_{name}"], tensors[f"b_{name}"], unrounded, matmul=matmul_unrounded, cut=upper_half, ROWS=ROWS,
+            DEPTH=DEPTH, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        results[f"unrounded_{name}"] = unrounded.numpy()
     np.savez(out, **results)
 
 

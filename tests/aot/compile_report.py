@@ -320,6 +320,7 @@ def report(case: str, launch: _common.Launch, arch: int) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "shared": compiled.metadata.shared,
         "warps": launch.num_warps,
+        "rounds": len(re.findall(r"\bcvt\.[\w.]*bf16(?:x2)?\.f32\b", compiled.asm["ptx"])),
         "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|DMMA)\b", code))),
     }
 

@@ -87,6 +87,12 @@ def test_paper_shapes_fit_and_use_the_matrix_unit(capability: str) -> None:
     ):
         found = matrix_instructions(reports, kernel, case)
         assert found == {unit}, f"{kernel} ({case}) uses {found or 'no matrix unit'}, not {unit} alone"
+    # Beside bfloat16 tokens the float32 of slot attention goes to the matrix unit in parts, and none of it is rounded.
+    slots = [r for r in reports if r["case"].startswith(("slots-bfloat16", "slots_backward-bfloat16"))]
+    products = [r for r in slots if r["kernel"] != "_slot_attend_sum_kernel"]
+    assert {r["kernel"] for r in products} == {f"_slot_attend_{part}_kernel" for part in ("fwd", "bwd", "softmax")}
+    for r in products:
+        assert r["matrix"] and not r["rounds"], f"{r['kernel']} ({r['case']}) rounds what it multiplies: {r}"
     # Wide float32 heads are not split, and whole float32 operands would be multiplied as TF32.
     for kernel, case in (
         ("_video_attention_fwd_kernel", "attention-float32-128"),

@@ -138,7 +138,7 @@ def test_export_of_attention(backend):
         program = torch.export.export(module, inputs(2, 12), dynamic_shapes=shapes)
         assert _names_of(program) == dict.fromkeys(ATTENTION_OPS, backend)
         for size in ((2, 12), (3, 19)):
-            same = agree if backend == "reference" else equal  # there a BLAS sums, on a card with atomics beside it
+            same = agree if backend == "reference" else equal  # there a BLAS sums
             assert same(program.module()(*inputs(*size)), module(*inputs(*size)))
 
 

@@ -10,8 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matrix import EMULATED, INTERPRETED, device_for, equal, heads, on_backends, skip_dtype
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidops
+from vidops.reference._tokens import ascending
+from vidops.reference.gather_tokens import scatter_tokens as reference_scatter
 
 # Groups, tokens, channels, channels of keys, dropped.
 SIZES = [(1, 1, 3, 2, 0), (3, 2, 1, 1, 1), (4, 7, 5, 3, 6), (1, 9, 4, 3, 4), (5, 16, 8, 6, 3)]
@@ -233,6 +237,39 @@ def test_what_is_not_finite_spreads(value, backend):
     keys[0, 3] = value
     order, similarity = vidops.first_frame_order(keys, backend=backend)
     assert torch.isnan(similarity).all() and order[0].tolist() == [1, 3, 5, 7, 0, 2, 4, 6, 8]
+
+
+@pytest.mark.skipif(EMULATED, reason="plain PyTorch")
+def test_nan_of_either_sign_comes_last(monkeypatch):
+    """A card may sort by bits (pytorch/pytorch#190781)."""
+    sort = torch.Tensor.sort
+
+    def by_bits(x, **options):
+        bits = x.view(torch.int32)
+        return sort(torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits), **options)
+
+    scores = torch.tensor([[1.0, torch.nan, -1.0, torch.nan, torch.inf, -torch.inf]])
+    scores.view(torch.int32)[0, 1] |= -(2**31)
+    monkeypatch.setattr(torch.Tensor, "sort", by_bits)
+    assert scores.sort(dim=1, stable=True).indices[0, 0] == 1
+    assert ascending(scores).tolist() == [[5, 2, 0, 4, 1, 3]]
+
+
+@pytest.mark.skipif(EMULATED, reason="plain PyTorch")
+def test_the_reference_adds_without_atomics_on_a_card():
+    """Seen on fake tensors, which need none: index_add_ and scatter_add_ add in any order there."""
+    called = set()
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Log():
+        x, index = torch.empty(2, 5, 3, device="cuda"), torch.empty(2, 5, dtype=torch.int64, device="cuda")
+        assert reference_scatter(x, index, 4).shape == (2, 4, 3)
+    aten = torch.ops.aten
+    assert called & {aten.index_put_, aten._index_put_impl_} and not called & {aten.index_add_, aten.scatter_add_}
 
 
 @on_backends("sta_score")

@@ -19,8 +19,8 @@ def scatter_tokens(
     """Tokens added up by index: ``out[..., n, :]`` is the sum of the ``x[..., k, :]`` with ``index[..., k] == n``.
 
     The adjoint of `gather_tokens`, and what `token_merge` (Bolya et al., ICLR 2023, arXiv 2210.09461) averages by.
-    Sums are taken in the order of k, in at least float32: the same bits on every run (on every backend but the
-    reference, which on a card adds in no fixed order).
+    Sums are taken in the order of k (by the reference, on a card, in another fixed one), in at least float32: the same
+    bits on every run.
 
     Args:
         x: tokens (..., K, D), float16, bfloat16, float32 or float64.

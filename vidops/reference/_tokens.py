@@ -1,4 +1,4 @@
-"""What the references of token pruning share: unit keys, and the best partner of every even token."""
+"""What the references of token pruning share: unit keys, the order of scores, and the best partner of even tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def unit_rows(keys: torch.Tensor) -> torch.Tensor:
     tiny = torch.finfo(torch.float64).tiny
     scaled = wide / wide.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def ascending(scores: torch.Tensor) -> torch.Tensor:
+    """Positions (B, n) in ascending order of scores (B, n), equal ones by position, those of NaN last."""
+    # A card may sort by bits, NaN of negative sign first; and its inf / inf has that sign.
+    return torch.where(scores.isnan(), torch.nan, scores).sort(dim=1, stable=True).indices
 
 
 def best_partners(
@@ -30,4 +36,4 @@ def best_partners(
         similarity, partner = cosine.max(2)
     if class_token:
         similarity[:, 0] = -torch.inf
-    return similarity.sort(dim=1, stable=True).indices, similarity, partner
+    return ascending(similarity), similarity, partner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vidops.ops._checks import accumulation_dtype
+from vidops.reference._rows import add_rows
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -17,5 +18,5 @@ def scatter_tokens(x: torch.Tensor, index: torch.Tensor, tokens: int) -> torch.T
     batch, _, width = x.shape
     place = index + tokens * torch.arange(batch, device=x.device).unsqueeze(1)
     total = torch.zeros(batch * tokens, width, dtype=accumulation_dtype(x.dtype), device=x.device)
-    total.index_add_(0, place.flatten(), x.flatten(0, 1).to(total.dtype))
+    total = add_rows(total, place.flatten(), x.flatten(0, 1).to(total.dtype))
     return total.to(x.dtype).view(batch, tokens, width)

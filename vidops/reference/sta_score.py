@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vidops.ops._checks import accumulation_dtype
-from vidops.reference._tokens import best_partners, unit_rows
+from vidops.reference._tokens import ascending, best_partners, unit_rows
 
 
 def activation_of(x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def sta_score(
         total = (transition @ weight.unsqueeze(-1)).squeeze(-1)
         acc[:, t] = total.to(dtype)
         score[:, t] = acc[:, t] * (1 - activation[:, t])  # Eq. 5
-        refer = score[:, t].sort(dim=1, stable=True).indices[:, :kept]
+        refer = ascending(score[:, t])[:, :kept]
         keep[:, t] = refer
         carried = total.gather(1, refer)
         weight = carried / carried.sum(1, keepdim=True)
