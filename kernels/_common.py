@@ -184,8 +184,7 @@ def bf16_parts(x):
 def matmul_unrounded(a, b, acc, DOT: tl.constexpr):
     """acc + a @ b for a in DOT and b in the accumulator's type, none of whose bits is lost.
 
-    Beside bfloat16, tensor cores multiply by the three parts of b. They cut their sums and know no infinity less a
-    part of it, hence the rest as in `matmul`.
+    Beside bfloat16, tensor cores multiply by the three parts of b; sums, infinity and overflow are as in `matmul`.
     """
     if DOT == tl.bfloat16:
         high, middle, low = bf16_parts(b)

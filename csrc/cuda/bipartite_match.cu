@@ -27,8 +27,9 @@ VIDOPS_DEVICE void unit_keys(const UnitKeysArgs& a) {
 
 template <class Storage>
 VIDOPS_DEVICE void match(const MatchArgs& a) {
-  const int i = (int)(block_x() % (u32)a.blocks) * (kTokenThreads / kWarp) + warp_id();
-  if (i < a.even) match_token<Storage>(a, i, (int)(block_x() / (u32)a.blocks));
+  VIDOPS_SHARED(memory);
+  const int first = (int)(block_x() % (u32)a.blocks) * (kTokenThreads / kWarp);
+  match_tokens<Storage>(a, first, (int)(block_x() / (u32)a.blocks), memory);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ void bipartite_match_forward_cuda(const BipartiteMatchCudaParams& params, int de
   const auto match =
       dtype == DType::f32 ? match_tokens_f32 : dtype == DType::f16 ? match_tokens_f16 : match_tokens_bf16;
   VIDOPS_LAUNCH(kOp, unit, Grid{grid_x(kOp, ceil_div(keys.rows, kWarps))}, kTokenThreads, 0, stream, keys);
-  VIDOPS_LAUNCH(kOp, match, Grid{grid_x(kOp, batch * args.blocks)}, kTokenThreads, 0, stream, args);
+  VIDOPS_LAUNCH(kOp, match, Grid{grid_x(kOp, batch * args.blocks)}, kTokenThreads, kMatchShared, stream, args);
   VIDOPS_LAUNCH(kOp, match_sort, Grid{grid_x(kOp, batch)}, kMatchSortThreads, static_cast<size_t>(shared), stream,
                 args.similarity, args.even, static_cast<int>(slots), params.order.as<i64>());
 }

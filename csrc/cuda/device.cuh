@@ -125,7 +125,8 @@ VIDOPS_DEVICE double multiply_add(double a, double b, double c)
     VIDOPS_BODY(return __builtin_fma(a, b, c);, return __fma_rn(a, b, c);)
 // The same value, unknown to the compiler: what depends on it is computed where it is used and not kept in registers.
 VIDOPS_DEVICE int opaque(int v) VIDOPS_BODY(return v;, asm volatile("" : "+r"(v)); return v;)
-VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
+// Of the negative zero too: its bits are compared as an integer's.
+VIDOPS_DEVICE float magnitude(float v) { return bits_float(float_bits(v) & 0x7fffffffu); }
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.
 VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }

@@ -3,7 +3,6 @@
 
 #include "launch.cuh"
 #include "slot_attend.cu"
-#include "slot_pass_launch.cuh"
 #include "vidops/slot_attend_cuda.h"
 
 namespace vidops {
@@ -289,20 +288,15 @@ void launch(const SlotPlan& plan, cuda::SlotAttendArgs args, DType dtype, bool b
   }
 }
 
-void add_splits(const cuda::SlotSumArgs& sum, void* stream) {
-  using namespace cuda;
-  if (sum.splits == 1) return;
-  VIDOPS_LAUNCH(kOp, slot_attend_sum, Grid{grid_x(kOp, ceil_div(sum.num_count + sum.den_count, kSumThreads))},
-                kSumThreads, 0, stream, sum);
-}
-
 void run(const SlotPlan& plan, const cuda::SlotAttendArgs& args, cuda::SlotSumArgs sum, DType dtype, bool backward,
          bool shared, void* stream) {
-  using cuda::SlotMode;
+  using namespace cuda;
   if (plan.args.mode == SlotMode::given) launch(plan, args, dtype, backward, SlotMode::dots, shared, stream);
   launch(plan, args, dtype, backward, plan.args.mode, shared, stream);
+  if (args.splits == 1) return;
   sum.num = args.num, sum.den = args.den;
-  add_splits(sum, stream);
+  VIDOPS_LAUNCH(kOp, slot_attend_sum, Grid{grid_x(kOp, ceil_div(sum.num_count + sum.den_count, kSumThreads))},
+                kSumThreads, 0, stream, sum);
 }
 
 // Sends the sums to their outputs, directly or by way of the scratch.
@@ -312,34 +306,6 @@ void set_outputs(cuda::SlotAttendArgs& args, cuda::SlotSumArgs& sum, const Tenso
   if (args.splits == 1) args.num = sum.num_out, args.den = sum.den_out;
   args.num_split = sum.num_count, args.den_split = sum.den_count;
   args.num_whole = channels % 4 == 0 && aligned(args.num);
-}
-
-// The sums of a slot_pass with so many splits, in its scratch where there are several.
-cuda::SlotSumArgs pass_sums(cuda::Arena& arena, const SlotAttendCudaSizes& sizes, int splits) {
-  cuda::SlotSumArgs sum{};
-  sum.splits = splits, sum.den_count = sizes.batch * sizes.slots, sum.num_count = sum.den_count * sizes.dk;
-  if (splits == 1) return sum;
-  sum.num = arena.take<float>(splits * sum.num_count), sum.den = arena.take<float>(splits * sum.den_count);
-  return sum;
-}
-
-// By slot_pass, if it takes such a call.
-bool passed(const SlotAttendCudaInputs& in, const SlotAttendCudaSizes& sizes, const TensorView& dots,
-            const TensorView& attn, const SlotAttendCudaBackwardParams* backward, const TensorView& num,
-            const TensorView& den, void* stream) {
-  if (!in.mean.present()) return false;
-  const int splits = slot_pass_splits(sizes, backward != nullptr, static_cast<int64_t>(cuda::shared_limit(kOp)));
-  if (splits == 0) return false;
-  cuda::Arena count;
-  pass_sums(count, sizes, splits);
-  cuda::Arena arena(kOp, in.workspace, count.words());
-  cuda::SlotSumArgs sum = pass_sums(arena, sizes, splits);
-  sum.num_out = num.as<float>(), sum.den_out = den.as<float>();
-  const SlotPassSums to{splits > 1 ? const_cast<float*>(sum.num) : sum.num_out,
-                        splits > 1 ? const_cast<float*>(sum.den) : sum.den_out, sum.num_count, sum.den_count};
-  slot_pass(in, sizes, dots, attn, backward, to, stream);
-  add_splits(sum, stream);
-  return true;
 }
 
 bool nothing_to_do(const SlotAttendCudaSizes& sizes, const TensorView& num, const TensorView& den, void* stream) {
@@ -357,15 +323,11 @@ bool nothing_to_do(const SlotAttendCudaSizes& sizes, const TensorView& num, cons
 int64_t slot_attend_workspace_cuda(const SlotAttendCudaSizes& sizes, bool backward, int device) {
   const cuda::DeviceGuard guard(kOp, device);
   if (sizes.batch * sizes.heads * sizes.slots * sizes.n == 0) return 0;
-  const auto limit = static_cast<int64_t>(cuda::shared_limit(kOp));
+  SlotPlan plan(sizes, backward, static_cast<int64_t>(cuda::shared_limit(kOp)));
   cuda::Arena arena;
-  if (const int splits = slot_pass_splits(sizes, backward, limit)) pass_sums(arena, sizes, splits);
-  const int64_t passed = arena.words();
-  SlotPlan plan(sizes, backward, limit);
-  arena = {};
   cuda::SlotSumArgs sum{};
   lay_out_scratch(arena, plan, backward, plan.args, sum);
-  return std::max(passed, arena.words());
+  return arena.words();
 }
 
 void slot_attend_forward_cuda(const SlotAttendCudaParams& params, int device, void* stream) {
@@ -374,10 +336,7 @@ void slot_attend_forward_cuda(const SlotAttendCudaParams& params, int device, vo
   const SlotAttendCudaSizes sizes = sizes_of(params.in);
   require_shape("num", params.num, {sizes.batch, sizes.heads, sizes.slots, sizes.dv});
   require_shape("den", params.den, {sizes.batch, sizes.heads, sizes.slots});
-  for (const TensorView* map : {&params.dots, &params.attn})
-    if (map->present()) require_shape("a map", *map, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
   if (nothing_to_do(sizes, params.num, params.den, stream)) return;
-  if (passed(params.in, sizes, params.dots, params.attn, nullptr, params.num, params.den, stream)) return;
 
   const SlotPlan plan(sizes, false, static_cast<int64_t>(shared_limit(kOp)));
   Arena arena(kOp, params.in.workspace, slot_attend_workspace_cuda(sizes, false, device));
@@ -386,8 +345,14 @@ void slot_attend_forward_cuda(const SlotAttendCudaParams& params, int device, vo
   lay_out_scratch(arena, plan, false, args, sum);
   set_inputs(args, params.in, sizes.width);
   set_outputs(args, sum, params.num, params.den, sizes.dv);
-  if (params.dots.present()) args.dots = params.dots.as<float>();
-  if (params.attn.present()) args.attn = params.attn.as<float>();
+  if (params.dots.present()) {
+    require_shape("dots", params.dots, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
+    args.dots = params.dots.as<float>();
+  }
+  if (params.attn.present()) {
+    require_shape("attn", params.attn, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
+    args.attn = params.attn.as<float>();
+  }
   run(plan, args, sum, params.in.keys.dtype, false, sizes.shared, stream);
 }
 
@@ -403,11 +368,7 @@ void slot_attend_backward_cuda(const SlotAttendCudaBackwardParams& params, int d
   require_shape("grad_values", params.grad_values, {sizes.batch, sizes.value_heads, sizes.n, sizes.dv});
   require((params.grad_keys.data == params.grad_values.data) == sizes.shared || sizes.n == 0,
           std::string(kOp) + ": one buffer for the gradients of keys and values if and only if they are one tensor");
-  for (const TensorView* map : {&params.grad_dots, &params.grad_attn})
-    if (map->present()) require_shape("a map's gradient", *map, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
   if (nothing_to_do(sizes, params.grad_q, params.grad_c, stream)) return;
-  if (passed(params.in, sizes, params.grad_dots, params.grad_attn, &params, params.grad_q, params.grad_c, stream))
-    return;
 
   const SlotPlan plan(sizes, true, static_cast<int64_t>(shared_limit(kOp)));
   Arena arena(kOp, params.in.workspace, slot_attend_workspace_cuda(sizes, true, device));
@@ -418,8 +379,14 @@ void slot_attend_backward_cuda(const SlotAttendCudaBackwardParams& params, int d
   set_outputs(args, sum, params.grad_q, params.grad_c, sizes.dk);
   args.rows_whole = args.rows_whole && sizes.dv % 4 == 0 && aligned(params.grad_num.data);
   args.grad_num = params.grad_num.as<const float>(), args.grad_den = params.grad_den.as<const float>();
-  if (params.grad_dots.present()) args.grad_dots = params.grad_dots.as<const float>();
-  if (params.grad_attn.present()) args.grad_attn = params.grad_attn.as<const float>();
+  if (params.grad_dots.present()) {
+    require_shape("grad_dots", params.grad_dots, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
+    args.grad_dots = params.grad_dots.as<const float>();
+  }
+  if (params.grad_attn.present()) {
+    require_shape("grad_attn", params.grad_attn, {sizes.batch, sizes.heads, sizes.slots, sizes.n});
+    args.grad_attn = params.grad_attn.as<const float>();
+  }
   args.grad_keys = params.grad_keys.as<float>();
   args.grad_values = sizes.shared ? nullptr : params.grad_values.as<float>();
   args.grads_add = params.add;

@@ -1,9 +1,10 @@
 // Slot attention beside its passes over the tokens, forward and backward: products of rows of slots with weights,
 // norms, gates, and what folds the affine of the inputs' norm into the projections of the tokens.
 //
-// Products are of float32 accuracy on tensor cores (split_products.cuh). These truncate when they add: what a stage
-// sums up moves on into a sum that is rounded. What splitting cannot give, infinities and overflow, shows as a result
-// that is not finite; the thread that finds one computes its part again on the ordinary units.
+// Products are of float32 accuracy on tensor cores (split_products.cuh). These truncate when they add: so the small
+// terms are added apart, and what a stage sums up moves on into a sum that is rounded. What splitting cannot give,
+// infinities and overflow, shows as a result that is not finite; the thread that finds one computes its part again on
+// the ordinary units.
 #include "split_products.cuh"
 
 namespace vidops::cuda {
@@ -272,7 +273,7 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
     load(from + (kStepStages - 1) * kStepDepth, (stage + kStepStages - 1) % kStepStages);
     const float* left = stages + stage * kStage;
     const float* right = left + kLeft;
-    float run[2][kStrips][4] = {};
+    float run[2][kStrips][4] = {}, small[2][kStrips][4] = {};
     VIDOPS_UNROLL
     for (int eight = 0; eight < kStepDepth; eight += 8) {
       const int depth = eight + place;
@@ -287,7 +288,7 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
         const SplitPair y(operand<kBInner, kColumns>(right, column + j * 8, depth),
                           operand<kBInner, kColumns>(right, column + j * 8, depth + 4));
         VIDOPS_UNROLL
-        for (int i = 0; i < 2; ++i) multiply_split(run[i][j], run[i][j], x[i], y);
+        for (int i = 0; i < 2; ++i) multiply_split(run[i][j], small[i][j], x[i], y);
       }
     }
     VIDOPS_UNROLL
@@ -295,7 +296,7 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
       VIDOPS_UNROLL
       for (int j = 0; j < kStrips; ++j)
         VIDOPS_UNROLL
-        for (int e = 0; e < 4; ++e) sum[i][j][e] += run[i][j][e];
+        for (int e = 0; e < 4; ++e) sum[i][j][e] += run[i][j][e] + small[i][j][e];
     if (kParts && a.sums && first_column == 0 && thread_x() < kStepTile) {
       const int count = end - from < kStepDepth ? end - from : kStepDepth;
       VIDOPS_UNROLL_BY(8)
@@ -415,11 +416,11 @@ VIDOPS_DEVICE void token_grad(const SlotTokenGradArgs& a) {
 }  // namespace
 
 VIDOPS_KERNEL(kStepThreads, 3) slot_product_nt_32(SlotProductArgs a) { slot_product<true, true, 32>(a); }
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_nt_64(SlotProductArgs a) { slot_product<true, true, 64>(a); }
+VIDOPS_KERNEL(kStepThreads, 2) slot_product_nt_64(SlotProductArgs a) { slot_product<true, true, 64>(a); }
 VIDOPS_KERNEL(kStepThreads, 3) slot_product_nn_32(SlotProductArgs a) { slot_product<true, false, 32>(a); }
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_nn_64(SlotProductArgs a) { slot_product<true, false, 64>(a); }
+VIDOPS_KERNEL(kStepThreads, 2) slot_product_nn_64(SlotProductArgs a) { slot_product<true, false, 64>(a); }
 VIDOPS_KERNEL(kStepThreads, 3) slot_product_tn_32(SlotProductArgs a) { slot_product<false, false, 32>(a); }
-VIDOPS_KERNEL(kStepThreads, 3) slot_product_tn_64(SlotProductArgs a) { slot_product<false, false, 64>(a); }
+VIDOPS_KERNEL(kStepThreads, 2) slot_product_tn_64(SlotProductArgs a) { slot_product<false, false, 64>(a); }
 
 // Sums of parts, in their order.
 VIDOPS_KERNEL(kStepRowThreads) slot_parts(SlotPartsArgs a) {

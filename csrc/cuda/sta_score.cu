@@ -12,7 +12,7 @@ constexpr int kSpreadRows = 32;     // tokens of the group before
 constexpr int kSpreadColumns = 64;  // tokens of this one
 constexpr int kSpreadDepth = 32;
 constexpr int kSpreadPad = 4;
-constexpr int kScanThreads = 512;
+constexpr int kScanThreads = 1024;
 constexpr int kScanRun = 8;  // terms that are added in float before they join the sum in double
 
 struct StaScoreArgs {
@@ -58,15 +58,15 @@ VIDOPS_DEVICE void sta_look(const StaScoreArgs& a) {
 
 template <class Storage>
 VIDOPS_DEVICE void sta_match(const StaScoreArgs& a) {
-  const int i = (int)(block_x() % (u32)a.match_blocks) * (kTokenThreads / kWarp) + warp_id();
-  if (i >= a.even) return;
+  VIDOPS_SHARED(memory);
   MatchArgs m{};
   m.metric = a.metric;
   m.first_row = group_at(a, 0) * a.tokens;
   m.tokens = a.tokens, m.even = a.even;
   m.unit = a.unit, m.unit_item = (i64)a.frames * a.tokens * a.metric.width;
   m.similarity = a.first_similarity;
-  match_token<Storage>(m, i, (int)(block_x() / (u32)a.match_blocks));
+  const int first = (int)(block_x() % (u32)a.match_blocks) * (kTokenThreads / kWarp);
+  match_tokens<Storage>(m, first, (int)(block_x() / (u32)a.match_blocks), memory);
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ void sta_score_forward_cuda(const StaScoreCudaParams& params, int device, void* 
   const auto match = dtype == DType::f32 ? sta_match_f32 : dtype == DType::f16 ? sta_match_f16 : sta_match_bf16;
   VIDOPS_LAUNCH(kOp, look, Grid{grid_x(kOp, ceil_div(batch * frames * tokens, kWarps))}, kTokenThreads, 0, stream,
                 args);
-  VIDOPS_LAUNCH(kOp, match, Grid{grid_x(kOp, batch * args.match_blocks)}, kTokenThreads, 0, stream, args);
+  VIDOPS_LAUNCH(kOp, match, Grid{grid_x(kOp, batch * args.match_blocks)}, kTokenThreads, kMatchShared, stream, args);
   const int64_t together = items_together(batch, frames, tokens);
   for (int64_t first = 0; first < batch; first += together) {
     const int64_t here = std::min(together, batch - first);

@@ -62,9 +62,14 @@ VIDOPS_DEVICE u64 sorting_key(float v, int index) { return (u64)sorting_bits(v) 
 
 // The whole block: ascending order of `count` keys, a power of two, in shared memory.
 VIDOPS_DEVICE void block_sort(u64* key, int count) {
+  bool others = true;  // whether another warp may have written what comes next: not while pairs lie in 64 keys
   for (int run = 2; run <= count; run *= 2)
     for (int apart = run / 2; apart; apart /= 2) {
-      block_sync();
+      if (others || apart > kWarp)
+        block_sync();
+      else
+        warp_sync();
+      others = apart > kWarp;
       for (int i = thread_x(); i < count / 2; i += block_threads()) {
         const int low = i / apart * 2 * apart + i % apart, high = low + apart;
         const u64 a = key[low], b = key[high];
@@ -95,6 +100,7 @@ struct MatchArgs {
 template <class Storage>
 VIDOPS_DEVICE double sqrt_of_squares(const typename Storage::Element* x, int width) {
   double sum = 0;
+  VIDOPS_UNROLL_BY(8)
   for (int c = 0; c < width; ++c) {
     const double value = Storage::value(x[c]);
     sum += value * value;
@@ -107,6 +113,7 @@ template <class Storage>
 VIDOPS_DEVICE float exact_cosine(const typename Storage::Element* x, const typename Storage::Element* y, int width,
                                  double x_size) {
   double xy = 0, yy = 0;
+  VIDOPS_UNROLL_BY(8)
   for (int c = 0; c < width; ++c) {
     const double value = Storage::value(y[c]);
     xy += Storage::value(x[c]) * value, yy += value * value;
@@ -115,35 +122,58 @@ VIDOPS_DEVICE float exact_cosine(const typename Storage::Element* x, const typen
   return size == 0 ? 0.0f : (float)(xy / size);
 }
 
-// One warp per even token. Equal tokens have the same sums wherever they are: each is one lane's, in channel order.
+constexpr int kMatchDepth = 64;              // channels at a time
+constexpr int kMatchPitch = kMatchDepth + 1;  // of a key in shared memory: those of a warp's lanes lie in other banks
+constexpr int kMatchShared = (kWarp + kTokenThreads / kWarp) * kMatchPitch * 4;  // bytes
+
+// One warp per even token, from `first` on; the block reads the odd ones together, one for each lane. Equal tokens have
+// the same sums wherever they are: each is one lane's, in channel order.
 template <class Storage>
-VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
+VIDOPS_DEVICE void match_tokens(const MatchArgs& a, int first, int item, char* memory) {
   using Element = typename Storage::Element;
-  const int width = a.metric.width, odd = a.tokens / 2;
+  const int width = a.metric.width, odd = a.tokens / 2, i = first + warp_id(), lane = lane_id();
+  const bool there = i < a.even;
   const float* unit = a.unit + item * a.unit_item + (i64)a.first_row * width;
-  const float* mine = unit + (i64)2 * i * width;
+  float* others = reinterpret_cast<float*>(memory);
+  float* own = others + kWarp * kMatchPitch;
   const Element* key = static_cast<const Element*>(a.metric.data) + item * a.metric.item + a.first_row * a.metric.row;
-  const double size = sqrt_of_squares<Storage>(key + (i64)2 * i * a.metric.row, width);
+  const double size = there ? sqrt_of_squares<Storage>(key + (i64)2 * i * a.metric.row, width) : 0;
   // By which the product of two unit keys may miss another that is as large.
   const float slack = 2 * (width + 4) * 6e-8f;
   float best = -VIDOPS_INFINITY, most = -VIDOPS_INFINITY;
   int at = 0x7fffffff;
-  for (int j = lane_id(); j < odd; j += kWarp) {
-    const float* other = unit + (i64)(2 * j + 1) * width;
+  // Keys in memory: every second one from `from` on, of `count`.
+  const auto load = [&](float* to, int from, int rows, int count, int channel) {
+    for (int e = thread_x(); e < rows * kMatchDepth; e += kTokenThreads) {
+      const int r = e / kMatchDepth, c = e % kMatchDepth;
+      const bool inside = from / 2 + r < count && channel + c < width;
+      to[r * kMatchPitch + c] = inside ? unit[(i64)(from + 2 * r) * width + channel + c] : 0.0f;
+    }
+  };
+  for (int base = 0; base < odd; base += kWarp) {
     float dot = 0;
-    VIDOPS_UNROLL_BY(4)
-    for (int c = 0; c < width; ++c) dot = multiply_add(mine[c], other[c], dot);
+    for (int channel = 0; channel < width; channel += kMatchDepth) {
+      block_sync();
+      load(others, 2 * base + 1, kWarp, odd, channel);
+      load(own, 2 * first, kTokenThreads / kWarp, a.even, channel);
+      block_sync();
+      const int depth = width - channel < kMatchDepth ? width - channel : kMatchDepth;
+      VIDOPS_UNROLL_BY(8)
+      for (int c = 0; c < depth; ++c)
+        dot = multiply_add(own[warp_id() * kMatchPitch + c], others[lane * kMatchPitch + c], dot);
+    }
+    if (!there) continue;
+    const int j = base + lane;
     if (a.distill_token && j == 0) dot = -VIDOPS_INFINITY;
-    if (dot < most - slack) continue;
-    if (dot > most) most = dot;
+    most = larger_number(most, warp_max(j < odd && dot == dot ? dot : -VIDOPS_INFINITY));
     // Whatever rounding may have kept from being the maximum is looked at again, rounded once: tokens which have an
     // equal one among the odd ones tie, and the first of the best is taken. None is better than 1.
-    if (finite(dot)) {
-      if (best >= 1) continue;
+    if (j >= odd || dot < most - slack || (finite(dot) && best >= 1)) continue;
+    if (finite(dot))
       dot = exact_cosine<Storage>(key + (i64)2 * i * a.metric.row, key + (i64)(2 * j + 1) * a.metric.row, width, size);
-    }
     if (chosen_before(dot, j, best, at)) best = dot, at = j;
   }
+  if (!there) return;
   VIDOPS_UNROLL
   for (int mask = kWarp / 2; mask; mask >>= 1) {
     const float other = shuffle_xor(best, mask);
@@ -151,7 +181,7 @@ VIDOPS_DEVICE void match_token(const MatchArgs& a, int i, int item) {
     if (chosen_before(other, other_at, best, at)) best = other, at = other_at;
   }
   if (odd == 0) at = -1;
-  if (lane_id() != 0) return;
+  if (lane != 0) return;
   a.similarity[(i64)item * a.even + i] = a.class_token && i == 0 ? -VIDOPS_INFINITY : best;
   if (a.partner) a.partner[(i64)item * a.even + i] = at;
 }

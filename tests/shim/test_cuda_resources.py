@@ -79,10 +79,8 @@ REGISTER_LIMIT = {
     "slot_norm": 64,
     "slot_norm_grad": 64,  # four blocks of 256 threads per multiprocessor
     "slot_parts": 40,
-    # As many warps of one strip as there are of 168 registers: a block has at most 256 threads.
-    **{f"slot_pass_{strips}_{kind}": n for strips, n in ((16, 168), (32, 255)) for kind in ("f32", "f16", "bf16")},
-    **{f"slot_pass_grad_{strips}_{kind}": n for strips, n in ((16, 176), (32, 255)) for kind in ("f32", "f16", "bf16")},
-    **{f"slot_product_{form}_{width}": 168 for form in ("nt", "nn", "tn") for width in (32, 64)},  # three blocks
+    **{f"slot_product_{form}_32": 168 for form in ("nt", "nn", "tn")},  # three blocks of 128 threads
+    **{f"slot_product_{form}_64": 255 for form in ("nt", "nn", "tn")},  # two
     **{f"slot_token_grad_{kind}": 64 for kind in ("f32", "f16", "bf16")},
     "slot_unfold": 40,
     **{f"sta_look_{kind}": 64 for kind in ("f32", "f16", "bf16")},
