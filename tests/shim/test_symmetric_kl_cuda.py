@@ -108,3 +108,13 @@ def test_golden(shim: ModuleType) -> None:
         p, q = (None if side is None else torch.from_numpy(arrays[f"in.{side}"]).float() for side in (p, q))
         expected = torch.from_numpy(arrays[f"out.{name}"])
         assert (vidops.symmetric_kl(p, q, backend="cuda") - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_logarithm_of_negative_zero(shim: ModuleType) -> None:
+    """As log_softmax writes that of a one: it is not the largest magnitude, whatever its bits."""
+    p = torch.eye(5, 40) * 0.999 + 0.001 / 40
+    p[0] = torch.eye(40)[0]
+    log_p = p.clamp_min(1e-30).log()
+    want = vidops.symmetric_kl(p, log_p=log_p, backend="cuda")
+    assert (log_p == 0).any() and want.isfinite().all()
+    assert torch.equal(vidops.symmetric_kl(p, log_p=torch.where(log_p == 0, -0.0, log_p), backend="cuda"), want)
