@@ -51,26 +51,16 @@ SlotWeights slot_weights(const pybind11::list& given) {
   return weights;
 }
 
-// The numbers that end the arguments of all functions of slot_steps, but for device and stream.
-struct SlotStepNumbers {
-  int64_t groups;
-  double scale, eps, denominator, ln_eps;
-  bool gelu;
-
-  explicit SlotStepNumbers(const pybind11::tuple& t)
-      : groups(t[0].cast<int64_t>()), scale(t[1].cast<double>()), eps(t[2].cast<double>()),
-        denominator(t[3].cast<double>()), ln_eps(t[4].cast<double>()), gelu(t[5].cast<bool>()) {}
-};
-
+// `numbers`: groups, scale, eps, denominator, ln_eps, and whether the activation is GELU.
 template <class Params>
 void set_slot_steps(Params& a, const pybind11::capsule& inputs, const pybind11::list& weights,
                     const pybind11::capsule& token_mask, const pybind11::capsule& slot_mask,
                     const pybind11::capsule& states, const pybind11::tuple& numbers) {
   a.inputs = view(inputs), a.weights = slot_weights(weights), a.states = view(states);
   a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
-  const SlotStepNumbers n(numbers);
-  a.groups = n.groups, a.scale = n.scale, a.eps = n.eps, a.denominator = n.denominator, a.ln_eps = n.ln_eps;
-  a.gelu = n.gelu;
+  const auto number = [&](size_t i) { return numbers[i].cast<double>(); };
+  a.groups = numbers[0].cast<int64_t>(), a.scale = number(1), a.eps = number(2), a.denominator = number(3);
+  a.ln_eps = number(4), a.gelu = numbers[5].cast<bool>();
 }
 
 // Asks for scratch by its size in words, then runs.

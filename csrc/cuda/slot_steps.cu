@@ -33,7 +33,7 @@ struct SlotProductArgs {
   const float* b;
   int m, n, k;
   bool a_whole, b_whole;  // lines can be copied in aligned pieces of 16 bytes
-  int splits, share;      // parts of the summed axis, and their length: a multiple of kStepDepth
+  int splits, share;      // parts of the summed axis, and their length: a multiple of kStepDepth, or all
   const float* bias;      // n, or null
   const float* factor;    // m: of the bias; null: 1
   float scale;
@@ -41,9 +41,10 @@ struct SlotProductArgs {
   const float* gate;  // (m,n): what an activation's gradient is taken at
   float* before;      // (m,n): what the activation is applied to, or null
   const float* add;   // (m,n), or null
-  float* out;         // where a sum has several parts, and of slot_product_tn: their sums alone, [splits][part]
+  float* out;
+  // slot_product_tn gives parts of a b and nothing else: out has [splits][part] ...
   i64 part;
-  // slot_product_tn alone: sums over a's rows, each by its weight (null: 1), after the product of their part.
+  // ... and, after the product of a part, sums over a's rows, each by its weight (null: 1).
   bool sums;
   const float* row_weight;
 };
@@ -217,10 +218,11 @@ VIDOPS_DEVICE float operand_in_memory(const float* data, int line, int depth, in
 
 VIDOPS_DEVICE float normal_share(float v) { return 0.5f * (1.0f + error_function(v * 0.70710678118654752f)); }
 
-VIDOPS_DEVICE void finish_product(const SlotProductArgs& a, bool parts, int split, int row, int column, float v) {
+template <bool kParts>
+VIDOPS_DEVICE void finish_product(const SlotProductArgs& a, int split, int row, int column, float v) {
   if (row >= a.m || column >= a.n) return;
   const i64 at = (i64)row * a.n + column;
-  if (parts) {
+  if (kParts) {
     a.out[split * a.part + at] = v;
     return;
   }
@@ -309,7 +311,6 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
   }
   copy_wait<0>();
 
-  const bool parts = kParts || a.splits > 1;
   const int out_row = first_row + row, out_column = first_column + column - group + place * 2;
   bool fine = true;
   VIDOPS_UNROLL
@@ -325,7 +326,7 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
       for (int j = 0; j < kStrips; ++j)
         VIDOPS_UNROLL
         for (int e = 0; e < 4; ++e)
-          finish_product(a, parts, split, out_row + i * 16 + e / 2 * 8, out_column + j * 8 + e % 2, sum[i][j][e]);
+          finish_product<kParts>(a, split, out_row + i * 16 + e / 2 * 8, out_column + j * 8 + e % 2, sum[i][j][e]);
   } else {
     VIDOPS_NO_UNROLL
     for (int at = 0; at < 8 * kStrips; ++at) {
@@ -335,7 +336,7 @@ VIDOPS_DEVICE void slot_product(const SlotProductArgs& a) {
       for (int k = begin; r < a.m && c < a.n && k < end; ++k)
         v = multiply_add(operand_in_memory<kAInner>(a.a, r, k, a.m, a.k),
                          operand_in_memory<kBInner>(a.b, c, k, a.n, a.k), v);
-      finish_product(a, parts, split, r, c, v);
+      finish_product<kParts>(a, split, r, c, v);
     }
   }
   if (kParts && a.sums && first_column == 0 && thread_x() < kStepTile && first_row + thread_x() < a.m)
