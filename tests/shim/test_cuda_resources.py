@@ -12,6 +12,7 @@ import pytest
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
 KERNEL_FILES = sorted(path for path in CUDA.glob("*.cu") if not path.stem.endswith("_launch"))
+LAUNCH_FILES = sorted(CUDA.glob("*_launch.cu"))
 DEVICE_HEADERS = sorted(path for path in CUDA.glob("*.cuh") if "launch" not in path.stem)
 ATTENTION_LIMIT = {
     "delta": 128,  # one block of 512 threads per multiprocessor
@@ -126,6 +127,19 @@ def test_resources(source: Path, arch: str, tmp_path: Path) -> None:
         assert kernel["store"] == kernel["load"] == "0", name
         assert int(kernel["registers"]) <= REGISTER_LIMIT[name], name
         assert (int(shared.group(1)) if shared else 0) <= STATIC_SHARED_LIMIT, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None or shutil.which("nm") is None, reason="nvcc or nm is not installed")
+@pytest.mark.parametrize("source", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_launchers_call_no_device_function(source: Path, tmp_path: Path) -> None:
+    """nvcc lets a template of the host call one, and compiles it as a call of exit(1): the process ends in silence."""
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    options = ["-std=c++17", target, f"-I{CUDA}", f"-I{CUDA.parent / 'include'}", "-Xptxas", "-O0", "-c"]
+    subprocess.run([str(NVCC), *options, str(source), "-o", str(tmp_path / "l.o")], check=True, capture_output=True)
+    symbols = subprocess.run(["nm", str(tmp_path / "l.o")], check=True, capture_output=True, text=True).stdout
+    assert "cudaLaunchKernel" in symbols
+    assert not re.search(r"^\s+U exit$", symbols, re.MULTILINE)
 
 
 @pytest.mark.parametrize("source", [*KERNEL_FILES, *DEVICE_HEADERS], ids=lambda path: path.name)
