@@ -25,17 +25,18 @@ VIDOPS_DEVICE double warp_sum(double v) {
 template <class Storage, class Use>
 VIDOPS_DEVICE double row_sum(const typename Storage::Element* x, int width, bool whole, Use use) {
   double part[2] = {};
-  if (whole) {
-    VIDOPS_UNROLL_BY(4)
-    for (int quad = lane_id(); quad < width / 4; quad += kWarp) {
-      const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) part[e & 1] += use(v.v[e]);
+  if constexpr (sizeof(typename Storage::Element) < sizeof(double))
+    if (whole) {
+      VIDOPS_UNROLL_BY(4)
+      for (int quad = lane_id(); quad < width / 4; quad += kWarp) {
+        const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
+        VIDOPS_UNROLL
+        for (int e = 0; e < 4; ++e) part[e & 1] += use(v.v[e]);
+      }
+      return warp_sum(part[0] + part[1]);
     }
-  } else {
-    for (int c = lane_id(); c < width; c += kWarp) part[0] += use(Storage::value(x[c]));
-  }
-  return warp_sum(part[0] + part[1]);
+  for (int c = lane_id(); c < width; c += kWarp) part[0] += use(Storage::value(x[c]));
+  return warp_sum(part[0]);
 }
 
 // One warp: unit = x / |x|, zeros for zeros, NaN where an element is not finite. No square of a float over- or
@@ -58,15 +59,21 @@ VIDOPS_DEVICE u32 sorting_bits(float v) {
   const u32 bits = float_bits(v + 0.0f);  // the negative zero is no other number
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+VIDOPS_DEVICE u64 sorting_bits(double v) {
+  if (v != v) return ~u64{0};
+  const u64 bits = double_bits(v + 0.0);
+  return bits >> 63 ? ~bits : bits | u64{1} << 63;
+}
 VIDOPS_DEVICE u64 sorting_key(float v, int index) { return (u64)sorting_bits(v) << 32 | (u32)index; }
 
 // The whole block: ascending order of `count` keys, a power of two, in shared memory.
 VIDOPS_DEVICE void block_sort(u64* key, int count) {
   for (int run = 2; run <= count; run *= 2)
     for (int apart = run / 2; apart; apart /= 2) {
-      block_sync();
+      // A warp has whole runs of twice its size: up to there it needs no other.
+      run == 2 || (run > 2 * kWarp && apart >= kWarp) ? block_sync() : warp_sync();
       for (int i = thread_x(); i < count / 2; i += block_threads()) {
-        const int low = i / apart * 2 * apart + i % apart, high = low + apart;
+        const int low = 2 * i - (i & (apart - 1)), high = low + apart;
         const u64 a = key[low], b = key[high];
         if ((a > b) == ((low & run) == 0)) key[low] = b, key[high] = a;
       }
