@@ -136,7 +136,8 @@ VIDOPS_DEVICE u32 count_if_less(u32 count, u64 a, u64 b)
                 return count;)
 // The same value, unknown to the compiler: what depends on it is computed where it is used and not kept in registers.
 VIDOPS_DEVICE int opaque(int v) VIDOPS_BODY(return v;, asm volatile("" : "+r"(v)); return v;)
-VIDOPS_DEVICE float magnitude(float v) { return v < 0 ? -v : v; }
+VIDOPS_DEVICE float magnitude(float v) VIDOPS_BODY(return __builtin_fabsf(v);, return ::fabsf(v);)
+VIDOPS_DEVICE double magnitude(double v) VIDOPS_BODY(return __builtin_fabs(v);, return ::fabs(v);)
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.
 VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }

@@ -31,7 +31,8 @@ struct StaScoreArgs {
   int match_rows, match_columns;  // tiles of the matching
   int ranks;                      // blocks of a cluster
   int share;                      // of each, in pieces of 16 bytes of a row of `spread`
-  int teams;                      // of a block's threads, each with a part of the rows
+  int teams;                      // parts of the rows that are added up alone
+  int held;                       // copies of its share of `spread` that a block keeps, of a pair each; 0: it reads
   T* unit;                        // (items, frames, tokens, depth)
   double* exact;                  // (items, tokens, depth): unit keys of the first group
   i64 exact_item;
@@ -64,8 +65,7 @@ template <class Storage>
 VIDOPS_DEVICE void exact_unit_row(const typename Storage::Element* x, int width, int depth, double* unit) {
   double most = 0;
   for (int c = lane_id(); c < width; c += kWarp) {
-    const double v = Storage::value(x[c]);
-    most = larger(v < 0 ? -v : v, most);
+    most = larger((double)magnitude(Storage::value(x[c])), most);
   }
   VIDOPS_UNROLL
   for (int mask = kWarp / 2; mask; mask >>= 1) most = larger(most, shuffle_xor(most, mask));
@@ -89,7 +89,7 @@ VIDOPS_DEVICE void sta_look(const StaScoreArgs<T>& a) {
   if (row >= a.items * per_item) return;
   const int item = row / per_item, n = row % per_item;
   const Element* x = static_cast<const Element*>(a.x.data) + item * a.x.item + n * a.x.row;
-  const double total = row_sum<Storage>(x, a.x.width, a.x.whole, [](auto v) { return v < 0 ? -(double)v : (double)v; });
+  const double total = row_sum<Storage>(x, a.x.width, a.x.whole, [](auto v) { return (double)magnitude(v); });
   if (lane_id() == 0) a.total[row] = total;
   const Element* key = static_cast<const Element*>(a.metric.data) + item * a.metric.item + n * a.metric.row;
   T* unit = a.unit + (i64)row * a.depth;
@@ -336,16 +336,18 @@ struct Ranking {
   }
 };
 
-// A cluster per clip. Shared: sums of all teams in double, what each token has accumulated (twice in a cluster, so that
-// a block may go on while others read), places, and what tokens of the group before weigh, and which they are; before
-// these are known, their memory serves the ranking.
+// A cluster per clip. Shared: the block's columns of `spread` of this pair and of the next, which arrive while an order
+// is found, if they fit; sums of all teams in double; what each token has accumulated (twice in a cluster, so that a
+// block may go on while others read); places; and what tokens of the group before weigh, and which they are. Before
+// these two are known, their memory serves the ranking.
 template <class T>
 VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
   constexpr int kPer = 16 / sizeof(T), kWarps = kScanThreads / kWarp;
   VIDOPS_SHARED(memory);
   const int width = a.share * kPer, me = thread_x(), rank = cluster_rank(), pairs = a.frames - 1;
   double* scratch = reinterpret_cast<double*>(memory);
-  double* sum = scratch + kWarps;  // (teams, width)
+  Piece<T>* held = reinterpret_cast<Piece<T>*>(scratch + kWarps);                      // (copies, tokens, share)
+  double* sum = reinterpret_cast<double*>(held + (i64)a.held * a.tokens * a.share);  // (teams, width)
   T* accumulated = reinterpret_cast<T*>(sum + a.teams * width);
   u32* place = reinterpret_cast<u32*>(accumulated + (a.ranks > 1 ? 2 : 1) * a.pitch);
   T* weight = reinterpret_cast<T*>(place + a.pitch);
@@ -355,6 +357,17 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
   const i64 item = a.first_item + local;
   const auto at = [&](int group) { return (item * a.frames + group) * a.tokens; };
   const auto sync = [&] { a.ranks > 1 ? cluster_sync() : block_sync(); };
+
+  const auto rows_of = [&](int pair) { return a.spread + ((i64)local * pairs + pair) * a.tokens * a.pitch; };
+  const auto fetch = [&](int pair) {
+    const int piece = rank * a.share + me % a.share, apart = kScanThreads / a.share;
+    const Piece<T>* from = reinterpret_cast<const Piece<T>*>(rows_of(pair)) + piece;
+    Piece<T>* to = held + pair % 2 * a.tokens * a.share + me % a.share;
+    for (int n = me / a.share; n < a.tokens && me < apart * a.share; n += apart)
+      copy_async(to + n * a.share, from + (i64)n * (a.pitch / kPer), piece * kPer < a.pitch);
+    copy_commit();
+  };
+  if (a.held) fetch(0);
 
   double* mass = a.mass + (i64)local * pairs * a.tokens;
   for (int e = rank * kScanThreads + me; e < pairs * a.tokens; e += a.ranks * kScanThreads) {
@@ -393,23 +406,25 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
     if (pairs && (!a.first_frame_pruned || position < a.kept))
       refer[position] = n, weight[position] = (T)(1 / mass[n]);
   }
+  copy_wait<0>();
   block_sync();
 
-  const int team = a.teams > 1 ? me / a.share : 0, apart = a.teams > 1 ? a.share : kScanThreads;
   int referred = a.first_frame_pruned ? a.kept : a.tokens;
   for (int step = 1; step < a.frames; ++step) {
     group = group_at(a, step);
     const bool last = step == pairs;
-    const T* spread = a.spread + ((i64)local * pairs + step - 1) * a.tokens * a.pitch;
+    const Piece<T>* rows = a.held ? held + (step - 1) % 2 * a.tokens * a.share
+                                  : reinterpret_cast<const Piece<T>*>(rows_of(step - 1)) + rank * a.share;
+    const int row_pieces = a.held ? a.share : a.pitch / kPer;
     const double* next_mass = mass + (i64)step * a.tokens;
-    // What a thread needs for its first token is on its way while the rows are.
+    // What a thread needs for its first token is on its way while rows are added up.
     const T early = me < a.tokens ? a.activation[at(group) + me] : T(0);
     const double early_mass = me < a.tokens && !last ? next_mass[me] : 1.0;
     VIDOPS_NO_UNROLL
-    for (int own = me - team * a.share; own < a.share && team < a.teams; own += apart) {
-      const int piece = rank * a.share + own;
+    for (int e = me; e < a.teams * a.share; e += kScanThreads) {
+      const int team = e / a.share, own = e % a.share;
       double total[kPer] = {};
-      if (piece * kPer < a.pitch)
+      if ((rank * a.share + own) * kPer < a.pitch)
         for (int k = team; k < referred; k += kScanRun * a.teams) {
           Piece<T> row[kScanRun];
           T by[kScanRun];
@@ -418,7 +433,7 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
             const bool there = k + u * a.teams < referred;
             const int from = there ? k + u * a.teams : k;
             by[u] = there ? weight[from] : T(0);
-            row[u] = reinterpret_cast<const Piece<T>*>(spread + (i64)refer[from] * a.pitch)[piece];
+            row[u] = rows[(i64)refer[from] * row_pieces + own];
           }
           VIDOPS_UNROLL
           for (int c = 0; c < kPer; ++c) {
@@ -463,6 +478,7 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
         acc[n] = value;
       ranking.offer(n, score, a.tokens);
     }
+    if (a.held && !last) fetch(step);
     ranking.settle(a.tokens);
 
     double stays = 0;
@@ -477,6 +493,7 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
     }
     stays = warp_sum(stays);
     if (lane_id() == 0) scratch[warp_id()] = stays;
+    copy_wait<0>();
     block_sync();
     referred = a.kept;
   }

@@ -9,7 +9,8 @@ namespace {
 
 constexpr const char* kOp = "sta_score";
 constexpr int64_t kSpreadBytes = int64_t{256} << 20;  // of the exponentials of the items of one launch
-constexpr int kMaxTeams = 32;  // whose sums are added up again
+constexpr int64_t kMaxTeams = 32;      // whose sums are added up again
+constexpr int64_t kTeamTokens = 5120;  // of all teams of a clip: so many doubles fit beside what else a block holds
 constexpr size_t kTileShared = 16 * cuda::kTilePitch * (cuda::kTileRows + cuda::kTileColumns);
 
 struct Sizes {
@@ -64,17 +65,23 @@ void share_out(const Sizes& s, cuda::StaScoreArgs<T>& args) {
     ranks *= 2;
   args.ranks = static_cast<int>(ranks);
   args.share = static_cast<int>(cuda::round_up(cuda::ceil_div(pieces, ranks), 2));
-  args.teams = std::clamp(cuda::kScanThreads / args.share, 1, kMaxTeams);
+  // By the tokens alone: a clip's figures depend neither on its batch nor on the device.
+  args.teams = static_cast<int>(std::clamp<int64_t>(kTeamTokens / s.tokens, 1, kMaxTeams));
 }
 
 template <class T>
-size_t scan_shared(const Sizes& s, const cuda::StaScoreArgs<T>& args) {
+size_t scan_shared(const Sizes& s, cuda::StaScoreArgs<T>& args) {
   const size_t pitch = static_cast<size_t>(s.pitch());
   const size_t sums = static_cast<size_t>(args.teams) * static_cast<size_t>(args.share) * (16 / sizeof(T));
   const int64_t slots = cuda::Ranking<T>::sorted(args.tokens) ? cuda::power_of_two_from(s.tokens) : 0;
   const size_t numbers = std::max(pitch * (sizeof(T) + sizeof(int)), sizeof(cuda::u64) * static_cast<size_t>(slots));
-  return sizeof(double) * (cuda::kScanThreads / cuda::kWarp + sums) + pitch * sizeof(T) * (args.ranks > 1 ? 2 : 1) +
-         pitch * sizeof(cuda::u32) + numbers;
+  const size_t shared = sizeof(double) * (cuda::kScanThreads / cuda::kWarp + sums) +
+                        pitch * sizeof(T) * (args.ranks > 1 ? 2 : 1) + pitch * sizeof(cuda::u32) + numbers;
+  const int64_t copies = std::min<int64_t>(s.pairs(), 2);
+  const size_t held = static_cast<size_t>(16 * copies * s.tokens * args.share);
+  const bool fits = shared + held <= cuda::shared_limit(kOp);
+  args.held = fits ? static_cast<int>(copies) : 0;
+  return fits ? shared + held : shared;
 }
 
 template <class T, class Look, class Spread, class Scan>

@@ -48,8 +48,12 @@ VIDOPS_DEVICE void unit_row(const typename Storage::Element* x, int width, bool 
   const bool usual = rounded > 1e-37f && rounded < 1e37f;
   for (int c = lane_id(); c < width; c += kWarp) {
     const float v = Storage::value(x[c]);
-    const float far = norm == 0 ? 0.0f : (float)((double)v / norm);
-    unit[c] = usual ? v / rounded : finite(v) && norm - norm == 0 ? far : bits_float(0x7fc00000u);
+    float scaled = v / rounded;
+    if (!usual) {  // a branch: the division of doubles is long
+      scaled = norm == 0 ? 0.0f : (float)((double)v / norm);
+      if (!(finite(v) && norm - norm == 0)) scaled = bits_float(0x7fc00000u);
+    }
+    unit[c] = scaled;
   }
 }
 

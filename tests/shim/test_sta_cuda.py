@@ -58,12 +58,15 @@ def test_sta_score(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
 @FEW
 @pytest.mark.parametrize("size", SIZES[4:], ids=str)
 def test_a_clip_of_several_blocks(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
-    """One clip has the multiprocessors of the shim to itself; its blocks need not have the same share of the tokens."""
+    """One clip has the multiprocessors of the shim to itself, and the bits that it has beside another."""
     shim.set_seed(seed)
     frames, tokens, channels, width, r = size
-    x, metric = normal(1, frames * tokens, channels), normal(1, frames * tokens, width, seed=1)
-    check(x, metric, frames, r)
-    check(x, metric, frames, r, reverse=True, first_frame_pruned=True)
+    x, metric = normal(2, frames * tokens, channels), normal(2, frames * tokens, width, seed=1)
+    for options in ({}, {"reverse": True, "first_frame_pruned": True}):
+        check(x[1:], metric[1:], frames, r, **options)
+        both = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
+        alone = vidops.sta_score(x[1:], metric[1:], frames, r, backend="cuda", **options)
+        assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
 
 
 @FEW
