@@ -30,14 +30,8 @@ namespace py = pybind11;
 namespace {
 
 using py::capsule;
+using vidops::bindings::slot_weights;
 using vidops::bindings::view;
-
-vidops::SlotWeights slot_weights(const py::list& given) {
-  vidops::SlotWeights weights;
-  vidops::require(given.size() == std::size(vidops::kSlotWeights), "weights: expected one entry for each");
-  for (size_t i = 0; i < given.size(); ++i) weights.*vidops::kSlotWeights[i] = view(given[i].cast<capsule>());
-  return weights;
-}
 
 void slot_iterations_inputs(vidops::SlotIterationsParams& a, capsule inputs, const py::list& weights,
                             capsule token_mask, capsule slot_mask, capsule states, int64_t groups, double scale,

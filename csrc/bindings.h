@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
 
+#include "vidops/slot_iterations.h"
 #include "vidops/tensor_view.h"
 
 namespace vidops::bindings {
@@ -63,6 +65,13 @@ inline TensorView view(const pybind11::capsule& capsule) {
   require(packed == 0 || v.rank == 0 || v.shape[v.rank - 1] <= 1 || v.stride[v.rank - 1] == 1,
           "a tensor's last axis is not contiguous");
   return v;
+}
+
+inline SlotWeights slot_weights(const pybind11::list& given) {
+  SlotWeights weights;
+  require(given.size() == std::size(kSlotWeights), "weights: expected one entry for each");
+  for (size_t i = 0; i < given.size(); ++i) weights.*kSlotWeights[i] = view(given[i].cast<pybind11::capsule>());
+  return weights;
 }
 
 // Registers the CUDA entry points.

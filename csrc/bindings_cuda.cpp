@@ -44,13 +44,6 @@ void set_slot_weights(SlotIterationsCudaParams& a, const pybind11::list& weights
   for (size_t i = 0; i < weights.size(); ++i) *named[i] = view(weights[i].cast<pybind11::capsule>());
 }
 
-SlotWeights slot_weights(const pybind11::list& given) {
-  require(given.size() == std::size(kSlotWeights), "slot_steps: one entry for every weight");
-  SlotWeights weights;
-  for (size_t i = 0; i < given.size(); ++i) weights.*kSlotWeights[i] = view(given[i].cast<pybind11::capsule>());
-  return weights;
-}
-
 // `numbers`: groups, scale, eps, denominator, ln_eps, and whether the activation is GELU.
 template <class Params>
 void set_slot_steps(Params& a, const pybind11::capsule& inputs, const pybind11::list& weights,

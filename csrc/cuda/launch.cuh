@@ -175,6 +175,15 @@ inline unsigned grid_yz(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Lanes of a warp, a power of two, that share a row of so many pieces, so that each has four loads in flight.
+inline int lanes_of_row(int64_t pieces) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes * 4 < pieces) lanes *= 2;
+  return lanes;
+}
+
 // Rows and columns are int in the kernels; offsets are 64 bit.
 inline int to_int(const char* op, int64_t value) {
   require(value >= 0 && value <= 0x3fffffff, std::string(op) + ": dimension out of range");

@@ -20,6 +20,7 @@ constexpr int64_t kMultiprocessorShared = 228 << 10;  // as on Hopper, of which 
 constexpr int64_t kReserved = 1 << 10;
 constexpr int64_t kLeastTiles = 2;           // of a split
 
+using cuda::aligned;
 using cuda::ceil_div;
 using cuda::round_up;
 
@@ -197,8 +198,6 @@ void lay_out_scratch(cuda::Arena& arena, const SlotPlan& plan, bool backward, cu
   args.num = arena.take<float>(args.splits * sum.num_count);
   args.den = arena.take<float>(args.splits * sum.den_count);
 }
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 bool same_tensor(const TensorView& x, const TensorView& y) {
   bool same = x.data == y.data && x.dtype == y.dtype && x.rank == y.rank;
@@ -412,8 +411,7 @@ void token_statistics_cuda(const TokenStatisticsCudaParams& params, int device, 
   args.n = to_int(kStatisticsOp, x.shape[1]), args.channels = to_int(kStatisticsOp, x.shape[2]);
   args.whole = args.channels % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % (4 * width) == 0 &&
                args.batch % 4 == 0 && args.row % 4 == 0;
-  args.lanes = 1;  // with four loads of each in flight
-  while (args.lanes < kWarp && args.lanes * 4 < ceil_div(args.channels, args.whole ? 4 : 1)) args.lanes *= 2;
+  args.lanes = lanes_of_row(ceil_div(args.channels, args.whole ? 4 : 1));
   args.eps = static_cast<float>(params.eps);
   args.mean = params.mean.as<float>(), args.rstd = params.rstd.as<float>();
   const auto kernel = x.dtype == DType::f32   ? token_statistics_f32

@@ -16,6 +16,7 @@ constexpr int64_t kBlocks = 264;        // two for every multiprocessor of a lar
 constexpr int64_t kMostNormParts = 64;  // sums over rows that are added one after the other
 constexpr int64_t kLeastNormRows = 16;  // of a block
 
+using cuda::aligned;
 using cuda::ceil_div;
 using cuda::round_up;
 using cuda::StepForm;
@@ -31,7 +32,6 @@ TensorView view_of(const float* data, std::initializer_list<int64_t> shape) {
   return v;
 }
 
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 int64_t element_bytes(const TensorView& v) { return v.dtype == DType::f32 ? 4 : 2; }
 
 // --- checks -------------------------------------------------------------------------------------------------------
@@ -617,8 +617,7 @@ class Backward : Steps {
     args.whole = channels_ % 4 == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && args.batch % 4 == 0 &&
                  args.row % 4 == 0 && reinterpret_cast<uintptr_t>(given_.grad_inputs.data) % bytes == 0 &&
                  aligned(grad_tokens_);
-    args.lanes = 1;  // with four loads of each in flight
-    while (args.lanes < kWarp && args.lanes * 4 < ceil_div(channels_, args.whole ? 4 : 1)) args.lanes *= 2;
+    args.lanes = lanes_of_row(ceil_div(channels_, args.whole ? 4 : 1));
     args.mean = mean_, args.rstd = rstd_, args.grad = grad_tokens_, args.out = given_.grad_inputs.data;
     const auto kernel = x.dtype == DType::f32   ? slot_token_grad_f32
                         : x.dtype == DType::f16 ? slot_token_grad_f16

@@ -13,6 +13,7 @@ import torch
 from slot_cases import HALVES, OPTIONS, RESULTS, Case, case, close, randn
 
 import vidops
+from vidops import _native
 from vidops.ops import _slot_backends, _slot_iterations
 from vidops.ops._slot_params import NAMES
 from vidops.reference.slot_attention import slot_attention as reference
@@ -335,12 +336,14 @@ def test_refusals(shim: ModuleType) -> None:
 def test_scratch_and_weights_are_counted(shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     c = case(1, 5, 8, 4, 6)
     views, (numbers, _, *where) = _slot_backends._steps_call(c.call())
-    monkeypatch.setattr(
-        _slot_backends, "_steps_call", lambda call: (views, (numbers, lambda words: torch.empty(words - 1), *where))
-    )
-    with pytest.raises((shim.ArgumentError, TypeError, RuntimeError)):
+
+    def too_little(words: int) -> Any:
+        return _native.view(torch.empty(words - 1, dtype=torch.int64))
+
+    monkeypatch.setattr(_slot_backends, "_steps_call", lambda call: (views, (numbers, too_little, *where)))
+    with pytest.raises(shim.ArgumentError, match="workspace must hold"):
         forward(c)
     short = (views[0], views[1][:3], *views[2:])
     monkeypatch.setattr(_slot_backends, "_steps_call", lambda call: (short, (numbers, lambda words: None, *where)))
-    with pytest.raises(shim.ArgumentError, match="one entry for every weight"):
+    with pytest.raises(shim.ArgumentError, match="weights: expected one entry for each"):
         forward(c)
