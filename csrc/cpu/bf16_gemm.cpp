@@ -259,14 +259,14 @@ void run_dpbf16(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw
 
 // tdpbf16ps sums the even and the odd columns of a block apart, adds the two and adds that to the total.
 constexpr Gemm<float> kAmx{kRows,     kRows,     kBlock,    2, kBlock, OperandError::measured,
-                           pack_a<1>, pack_b<1>, run_amx<1>, pack_kmajor<1, true>, pack_kmajor<1, false>};
+                           pack_a<1>, pack_b<1>, run_amx<1>, nullptr, pack_kmajor<1, true>, pack_kmajor<1, false>};
 // Three such sums per block of 32 columns, each one rounding of half an eps.
 constexpr Gemm<float> kAmxSplit{kRows,     kRows,     kBlock,    4, 2 * kBlock / 3, OperandError::split,
-                                pack_a<2>, pack_b<2>, run_amx<2>, pack_kmajor<2, true>, pack_kmajor<2, false>};
+                                pack_a<2>, pack_b<2>, run_amx<2>, nullptr, pack_kmajor<2, true>, pack_kmajor<2, false>};
 constexpr Gemm<float> kAmxThree{kRows,     kRows,     kBlock,    6, 2 * kBlock / 6, OperandError::none,
-                                pack_a<3>, pack_b<3>, run_amx<3>, pack_kmajor<3, true>, pack_kmajor<3, false>};
+                                pack_a<3>, pack_b<3>, run_amx<3>, nullptr, pack_kmajor<3, true>, pack_kmajor<3, false>};
 constexpr Gemm<float> kDot{kRows, kRows, kBlock, 2, int(kDepth), OperandError::measured, pack_a<1>, pack_b<1>,
-                           run_dpbf16, pack_kmajor<1, true>, pack_kmajor<1, false>};
+                           run_dpbf16, nullptr, pack_kmajor<1, true>, pack_kmajor<1, false>};
 
 }  // namespace
 }  // namespace vidops::cpu

@@ -14,12 +14,13 @@ void bipartite_match(const BipartiteMatchParams& params, int threads) {
   parallel_for(batch, threads, [&](int64_t b, int) {
     Buffer<T> unit(tokens * width);
     std::vector<uint8_t> finite(static_cast<size_t>(tokens));
+    std::vector<double> square(static_cast<size_t>(tokens));
     const T* key = params.metric.as<T>() + b * params.metric.stride[0];
     for (int64_t n = 0; n < tokens; ++n)
-      finite[n] = unit_row(kn, key + n * params.metric.stride[1], width, unit.get() + n * width);
+      finite[n] = unit_row(kn, key + n * params.metric.stride[1], width, unit.get() + n * width, &square[n]);
     Matcher<T> matcher(tokens, width);
-    matcher.run(key, params.metric.stride[1], unit.get(), finite.data(), params.class_token, params.distill_token,
-                params.order.as<int64_t>() + b * even, params.similarity.as<T>() + b * even,
+    matcher.run(key, params.metric.stride[1], unit.get(), finite.data(), square.data(), params.class_token,
+                params.distill_token, params.order.as<int64_t>() + b * even, params.similarity.as<T>() + b * even,
                 params.partner.as<int64_t>() + b * even);
   });
 }

@@ -45,6 +45,9 @@ struct Gemm {
                  void* panel);
   // c: (a_panels*mr, b_panels*nr), row pitch ldc, overwritten.
   void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
+  // The same for the first half of the columns of one panel of B, which is all that a last panel may hold; null where
+  // that is not faster. Elements have the same bits.
+  void (*run_half)(int64_t a_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
   // The same panels from a k-major source: source row k holds column k of every packed row.
   void (*pack_a_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
   void (*pack_b_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
@@ -145,6 +148,7 @@ template <class T>
 struct Kernels {
   Gemm<T> gemm;
   T (*row_max)(const T* x, int64_t n);
+  int64_t (*next_not_below)(const T* x, int64_t from, int64_t n, T limit);  // first i >= from where not x < limit, or n
   T (*exp_sum)(T* x, int64_t n, T shift);  // x = exp(x - shift), returns the sum
   // y = log(max(x, floor)), floor >= smallest normal; returns the smallest x
   T (*log_row)(const T* x, T* y, int64_t n, T floor);

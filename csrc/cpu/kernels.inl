@@ -41,25 +41,31 @@ VIDOPS_INLINE T lane_sum(typename Lanes<T>::V v) {
   return part[0];
 }
 
-template <class T>
+#include "transpose.inl"
+
+// Both vectors of a panel of B, or the first.
+template <class T, int N = 2>
 VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool add) {
   using L = Lanes<T>;
-  typename L::V acc[L::MR][2] = {};
+  typename L::V acc[L::MR][N] = {};
   for (int64_t i = 0; i < k; ++i, a += L::MR, b += L::NR) {
-    const typename L::V b0 = load(b), b1 = load(b + L::W);
+    typename L::V y[N];
+#pragma GCC unroll 2
+    for (int h = 0; h < N; ++h) y[h] = load(b + h * L::W);
 #pragma GCC unroll 16
     for (int r = 0; r < L::MR; ++r) {
       const typename L::V x = splat(a[r]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+#pragma GCC unroll 2
+      for (int h = 0; h < N; ++h) acc[r][h] += x * y[h];
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < L::MR; ++r) {
-    T* row = c + r * ldc;
-    store(row, add ? load(row) + acc[r][0] : acc[r][0]);
-    store(row + L::W, add ? load(row + L::W) + acc[r][1] : acc[r][1]);
-  }
+  for (int r = 0; r < L::MR; ++r)
+#pragma GCC unroll 2
+    for (int h = 0; h < N; ++h) {
+      T* out = c + r * ldc + h * L::W;
+      store(out, add ? load(out) + acc[r][h] : acc[r][h]);
+    }
 }
 
 constexpr int64_t kDepth = 256;  // a B panel slice stays in L1 while the A block streams from L2
@@ -84,24 +90,60 @@ void gemm(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, cons
   }
 }
 
+template <class T>
+void gemm_half(int64_t a_panels, int64_t k, const void* a_raw, const void* b_raw, T* c, int64_t ldc) {
+  using L = Lanes<T>;
+  const T* a = static_cast<const T*>(a_raw);
+  const T* b = static_cast<const T*>(b_raw);
+  for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepth)
+    for (int64_t ip = 0; ip < a_panels; ++ip)
+      micro<T, 1>(k - k0 < kDepth ? k - k0 : kDepth, a + (ip * k + k0) * L::MR, b + k0 * L::NR, c + ip * L::MR * ldc,
+                  ldc, k0 > 0);
+}
+
+// Rows [R0, R0 + N) of a panel of R, E columns of them. A store of whole vectors reaches into the next column where N is
+// no multiple of them, which is then written in its turn: fewer rows go first, and `last` tells that nothing comes next.
+template <class T, int R, int R0, int N>
+VIDOPS_INLINE void pack_block(const T* const* rows, int64_t d, const T* centre, T scale, bool last, T* out) {
+  using L = Lanes<T>;
+  constexpr int E = Shuffles<T>::E;
+  typename L::V v[E];
+  transpose_lane(rows, d, v);
+#pragma GCC unroll 4
+  for (int c = 0; c < E; ++c) {
+    if (centre) v[c] -= splat(centre[d + c]);
+    v[c] *= splat(scale);
+    T* column = out + c * R + R0;
+    if (N == L::W || c < E - 1 || !last) {
+      store(column, v[c]);
+      continue;
+    }
+    T part[L::W];
+    store(part, v[c]);
+    for (int r = 0; r < N; ++r) column[r] = part[r];
+  }
+}
+
 template <class T, int R>
 void pack(const T* const* rows, int count, int64_t width, const T* centre, T scale, int64_t k0, void* panel) {
+  constexpr int W = Lanes<T>::W, E = Shuffles<T>::E, kRest = R % W;
+  static_assert(R <= 2 * W && W - kRest <= R);
   T* out = static_cast<T*>(panel) + k0 * R;
-  constexpr int64_t kStrip = 64;  // short strips keep the transposed lines in L1
-  for (int64_t s = 0; s < width; s += kStrip) {
-    const int64_t end = s + kStrip < width ? s + kStrip : width;
-    for (int r = 0; r < R; ++r) {
-      if (r >= count) {
-        for (int64_t k = s; k < end; ++k) out[k * R + r] = 0;
-      } else if (centre) {
-        const T* row = rows[r];
-        for (int64_t k = s; k < end; ++k) out[k * R + r] = (row[k] - centre[k]) * scale;
-      } else {
-        const T* row = rows[r];
-        for (int64_t k = s; k < end; ++k) out[k * R + r] = row[k] * scale;
-      }
-    }
+  const T* source[2 * W];
+  for (int r = 0; r < 2 * W; ++r) source[r] = rows[r < count ? r : count - 1];
+  int64_t d = 0;
+  for (; d + E <= width; d += E) {
+    const bool last = d + E == width;
+    if constexpr (kRest > 0)
+      pack_block<T, R, R - kRest, kRest>(source + R - kRest, d, centre, scale, last, out + d * R);
+    if constexpr (R >= W) pack_block<T, R, 0, W>(source, d, centre, scale, last, out + d * R);
+    if constexpr (R == 2 * W) pack_block<T, R, W, W>(source + W, d, centre, scale, last, out + d * R);
   }
+  for (; d < width; ++d)
+    for (int r = 0; r < R; ++r) out[d * R + r] = (source[r][d] - (centre ? centre[d] : T(0))) * scale;
+  if (count == R) return;
+  for (d = 0; d < width; ++d)
+    for (int r = count; r < R; ++r) out[d * R + r] = 0;
 }
 
 template <class T, int R>
@@ -201,12 +243,19 @@ float exp_sum(float* x, int64_t n, float shift) {
     }
   for (; i < n; i += W) {
     const int64_t left = n - i < W ? n - i : W;
+#if defined(VIDOPS_HAS_AVX512)
+    const __mmask16 lanes = static_cast<__mmask16>((1u << left) - 1);
+    const __m512 e = exp_vector(_mm512_maskz_loadu_ps(lanes, x + i) - s);
+    _mm512_mask_storeu_ps(x + i, lanes, e);
+    sum[0] += _mm512_maskz_mov_ps(lanes, e);
+#else
     float part[W] = {};
     for (int64_t l = 0; l < left; ++l) part[l] = x[i + l];
     store(part, exp_vector(load(part) - s));
     for (int64_t l = 0; l < left; ++l) x[i + l] = part[l];
     for (int64_t l = left; l < W; ++l) part[l] = 0;
     sum[0] += load(part);
+#endif
   }
   return lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
@@ -513,6 +562,18 @@ VIDOPS_INLINE uint64_t lane_bits(M lanes) {
 }
 
 template <class T>
+int64_t next_not_below(const T* x, int64_t from, int64_t n, T limit) {
+  constexpr int W = Lanes<T>::W;
+  int64_t i = from;
+  for (; i + W <= n; i += W) {
+    const uint64_t below = lane_bits(load(x + i) < splat(limit));
+    if (below != (uint64_t{1} << W) - 1) return i + __builtin_ctzll(~below);
+  }
+  while (i < n && x[i] < limit) ++i;
+  return i;
+}
+
+template <class T>
 void threshold(const Threshold<T>& given, const T* cross, int64_t n, uint64_t* near, uint64_t* open) {
   constexpr int W = Lanes<T>::W;
   using V = typename Lanes<T>::V;
@@ -651,8 +712,9 @@ template <class T>
 constexpr Kernels<T> make_table() {
   using L = Lanes<T>;
   return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), OperandError::none, pack<T, L::MR>, pack<T, L::NR>,
-           gemm<T>, pack_kmajor<T, L::MR>, pack_kmajor<T, L::NR>},
+           gemm<T>, gemm_half<T>, pack_kmajor<T, L::MR>, pack_kmajor<T, L::NR>},
           row_max<T>,
+          next_not_below<T>,
           exp_sum,
           log_row,
           scaled_copy<T>,

@@ -29,6 +29,21 @@ void pack_panels(const Gemm<T>& gemm, bool a_side, RowAt&& row_at, int64_t count
   }
 }
 
+// All columns that `run` computes of `columns`, at the same pitch.
+template <class T>
+int64_t computed_columns(const Gemm<T>& gemm, int64_t columns) {
+  return round_up(columns, gemm.run_half ? gemm.nr / 2 : gemm.nr);
+}
+// Of the product with one block of A panels those columns, and no others.
+template <class T>
+void run_columns(const Gemm<T>& gemm, int64_t a_panels, int64_t columns, int64_t k, const char* a, const char* b, T* c,
+                 int64_t ldc) {
+  const int64_t whole = computed_columns(gemm, columns) / gemm.nr;
+  gemm.run(a_panels, whole, k, a, b, c, ldc);
+  const int64_t done = whole * gemm.nr;
+  if (done < columns) gemm.run_half(a_panels, k, a, b + done * k * gemm.elem, c + done, ldc);
+}
+
 // Columns [0, count) of a k-major matrix (k rows, given pitch) as panels.
 template <class T>
 void pack_columns(const Gemm<T>& gemm, bool a_side, const T* source, int64_t pitch, int64_t count, int64_t k,

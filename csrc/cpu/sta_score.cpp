@@ -31,13 +31,14 @@ class Clip {
         kept_(params.keep.shape[2]),
         width_(params.metric.shape[2]),
         depth_(round_up(width_, g_.k_align)),
-        columns_(round_up(tokens_, g_.nr)),
+        columns_(computed_columns(g_, tokens_)),
         panels_(ceil_div(ceil_div(tokens_, g_.mr), kMaxRuns)),
         matcher_(tokens_, width_) {
     unit_.resize(frames_ * tokens_ * width_);
     finite_.resize(static_cast<size_t>(frames_ * tokens_));
     total_.resize(static_cast<size_t>(frames_ * tokens_));
-    right_.resize(columns_ * depth_ * g_.elem);
+    square_.resize(static_cast<size_t>(frames_ * tokens_));
+    right_.resize(round_up(tokens_, g_.nr) * depth_ * g_.elem);
     partial_.resize(std::min(kMaxRuns, ceil_div(tokens_, g_.mr)) * columns_);
     order_.resize(static_cast<size_t>(tokens_));
     refer_.resize(static_cast<size_t>(tokens_));
@@ -74,8 +75,8 @@ class Clip {
     double* total = &total_[t * tokens_];
     for (int64_t n = 0; n < tokens_; ++n) {
       total[n] = kn_.magnitude_sum(x + n * p_.x.stride[1], p_.x.shape[2]);
-      finite_[t * tokens_ + n] =
-          unit_row(kn_, key(b, t) + n * p_.metric.stride[1], width_, unit_.get() + (t * tokens_ + n) * width_);
+      const int64_t at = t * tokens_ + n;
+      finite_[at] = unit_row(kn_, key(b, t) + n * p_.metric.stride[1], width_, unit_.get() + at * width_, &square_[at]);
     }
     double low = total[0], high = total[0];
     for (int64_t n = 0; n < tokens_; ++n) {
@@ -93,8 +94,8 @@ class Clip {
     std::fill_n(figures(p_.score, b, t), tokens_, T(0));
     const int64_t even = (tokens_ + 1) / 2, odd = tokens_ / 2;
     int64_t* order = p_.first_order.as<int64_t>() + b * tokens_;
-    matcher_.run(key(b, t), p_.metric.stride[1], unit(t, 0), &finite_[t * tokens_], false, false, order_.data(),
-                 p_.first_similarity.as<T>() + b * even, nullptr);
+    matcher_.run(key(b, t), p_.metric.stride[1], unit(t, 0), &finite_[t * tokens_], &square_[t * tokens_], false,
+                 false, order_.data(), p_.first_similarity.as<T>() + b * even, nullptr);
     for (int64_t j = 0; j < odd; ++j) order[j] = 2 * j + 1;
     for (int64_t i = 0; i < even; ++i) order[odd + i] = 2 * order_[i];
     std::copy_n(order, kept_, keep(b, t));
@@ -150,7 +151,7 @@ class Clip {
     }
     pack_panels(g, true, [&](int64_t k) { return unit(before, refer_[from + k]); }, count, width_, (const T*)nullptr,
                 T(1), 0, depth_, left.get());
-    g.run(1, columns_ / g.nr, depth_, left.get(), right_.get(), cosine.get(), columns_);
+    run_columns<T>(g, 1, tokens_, depth_, left.get(), right_.get(), cosine.get(), columns_);
     for (int64_t k = 0; k < count; ++k) {
       T* row = cosine.get() + k * columns_;
       const T spread_over = kn_.exp_sum(row, tokens_, T(0));  // cosines: no maximum need be taken off
@@ -175,7 +176,7 @@ class Clip {
   Buffer<char> right_;
   Buffer<double> partial_;
   std::vector<uint8_t> finite_;
-  std::vector<double> total_, weight_;
+  std::vector<double> total_, square_, weight_;
   std::vector<int64_t> order_, refer_;
   IndexSort sort_;
 };

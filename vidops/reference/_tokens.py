@@ -7,12 +7,20 @@ import torch
 
 def unit_rows(keys: torch.Tensor) -> torch.Tensor:
     """Rows over their Euclidean norm in float64; a row of zeros stays zero, and no square over- or underflows."""
-    # In float64, because decisions are made on what is computed from these rows: equal tokens have to get equal
-    # scores, and a BLAS adds in an order that may depend on the place. Rounded to float32 such sums agree again.
+    # In float64, because decisions are made on what is computed from these rows: see `products`.
     wide = keys.double()
     tiny = torch.finfo(torch.float64).tiny
     scaled = wide / wide.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(tiny)
+
+
+def products(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a (B, n, d), b (B, m, d) -> inner products (B, n, m), all float64; decisions are made on them in `dtype`."""
+    # Equal tokens have to get equal scores, and a BLAS adds in an order that may depend on the place. Rounded to
+    # float32 such sums agree again; for float64 there has to be one order.
+    if dtype != torch.float64:
+        return a @ b.mT
+    return torch.stack([(row.unsqueeze(1) * b).sum(-1) for row in a.unbind(1)], 1)
 
 
 def ascending(scores: torch.Tensor) -> torch.Tensor:
@@ -30,7 +38,7 @@ def best_partners(
         similarity = unit.new_full(even.shape[:2], -torch.inf, dtype=dtype)
         partner = torch.full(even.shape[:2], -1, dtype=torch.int64, device=unit.device)
     else:
-        cosine = (even @ odd.mT).to(dtype)
+        cosine = products(even, odd, dtype).to(dtype)
         if distill_token:
             cosine[:, :, 0] = -torch.inf
         similarity, partner = cosine.max(2)

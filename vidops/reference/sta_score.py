@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vidops.ops._checks import accumulation_dtype
-from vidops.reference._tokens import ascending, best_partners, unit_rows
+from vidops.reference._tokens import ascending, best_partners, products, unit_rows
 
 
 def activation_of(x: torch.Tensor) -> torch.Tensor:
@@ -42,8 +42,8 @@ def sta_score(
 
     for previous, t in zip(frames, frames[1:], strict=False):
         before = unit[:, previous].gather(1, refer.unsqueeze(-1).expand(-1, -1, unit.shape[-1]))
-        transition = (unit[:, t] @ before.mT).softmax(1)  # Eq. 3: over the tokens of this group
-        total = (transition @ weight.unsqueeze(-1)).squeeze(-1)
+        transition = products(unit[:, t], before, dtype).softmax(1)  # Eq. 3: over the tokens of this group
+        total = products(transition, weight.unsqueeze(1), dtype).squeeze(-1)
         acc[:, t] = total.to(dtype)
         score[:, t] = acc[:, t] * (1 - activation[:, t])  # Eq. 5
         refer = ascending(score[:, t])[:, :kept]
