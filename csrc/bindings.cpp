@@ -34,9 +34,9 @@ using vidops::bindings::slot_weights;
 using vidops::bindings::view;
 
 void slot_iterations_inputs(vidops::SlotIterationsParams& a, capsule inputs, const py::list& weights,
-                            capsule token_mask, capsule slot_mask, capsule states, int64_t groups, double scale,
-                            double eps, double denominator, double ln_eps) {
-  a.inputs = view(inputs), a.weights = slot_weights(weights), a.states = view(states);
+                            capsule token_mask, capsule slot_mask, capsule states, capsule record, int64_t groups,
+                            double scale, double eps, double denominator, double ln_eps) {
+  a.inputs = view(inputs), a.weights = slot_weights(weights), a.states = view(states), a.record = view(record);
   a.token_mask = view(token_mask), a.slot_mask = view(slot_mask);
   a.groups = groups, a.scale = scale, a.eps = eps, a.denominator = denominator, a.ln_eps = ln_eps;
 }
@@ -272,22 +272,22 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("slot_iterations_forward_cpu",
         [](capsule inputs, capsule slots, py::list weights, capsule token_mask, capsule slot_mask, capsule out,
-           capsule states, capsule dots, capsule attn, int64_t iters, int64_t groups, double scale, double eps,
-           double denominator, double ln_eps, int threads) {
+           capsule states, capsule record, capsule dots, capsule attn, int64_t iters, int64_t groups, double scale,
+           double eps, double denominator, double ln_eps, int threads) {
           vidops::SlotIterationsForwardParams a;
-          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, groups, scale, eps, denominator,
-                                 ln_eps);
+          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, record, groups, scale, eps,
+                                 denominator, ln_eps);
           a.slots = view(slots), a.out = view(out), a.dots = view(dots), a.attn = view(attn), a.iters = iters;
           py::gil_scoped_release release;
           vidops::slot_iterations_forward_cpu(a, threads);
         });
   m.def("slot_iterations_backward_cpu",
-        [](capsule inputs, py::list weights, capsule token_mask, capsule slot_mask, capsule states, capsule grad_dots,
-           capsule grad_attn, capsule grad_slots, capsule grad_inputs, py::list grads, int64_t groups, double scale,
-           double eps, double denominator, double ln_eps, int threads) {
+        [](capsule inputs, py::list weights, capsule token_mask, capsule slot_mask, capsule states, capsule record,
+           capsule grad_dots, capsule grad_attn, capsule grad_slots, capsule grad_inputs, py::list grads,
+           int64_t groups, double scale, double eps, double denominator, double ln_eps, int threads) {
           vidops::SlotIterationsBackwardParams a;
-          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, groups, scale, eps, denominator,
-                                 ln_eps);
+          slot_iterations_inputs(a, inputs, weights, token_mask, slot_mask, states, record, groups, scale, eps,
+                                 denominator, ln_eps);
           a.grad_dots = view(grad_dots), a.grad_attn = view(grad_attn);
           a.grad_slots = view(grad_slots), a.grad_inputs = view(grad_inputs), a.grads = slot_weights(grads);
           py::gil_scoped_release release;

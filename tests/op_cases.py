@@ -163,13 +163,13 @@ def _slot_attention(gradient: bool, tokens: int, dtype: torch.dtype, backend: st
     token_mask = (torch.arange(batch * 2 * tokens, device=inputs.device).view(batch, 2, tokens) % 3 / 2).to(dtype)
     slot_mask = torch.tensor([[False, False, False, True]] * batch, device=inputs.device)
     weights = vars(slot_weights(din, d, 12, 8, dtype=dtype, backend=backend)).values()
-    tensors, scalars = (inputs, start, *weights, token_mask, slot_mask), (*options, gradient)
+    tensors, scalars = (inputs, start, *weights, token_mask, slot_mask), (*options, gradient, gradient)
     if not gradient:
         return tensors, scalars
     with torch.no_grad():
-        _, dots, attn, states = torch.ops.vidops.slot_attention(*tensors, *scalars, "reference")
+        _, dots, attn, states, record = torch.ops.vidops.slot_attention(*tensors, *scalars, "reference")
     grads = (heads(*start.shape, dtype=dtype, seed=5, on=backend), *(torch.full_like(t, 0.5) for t in (dots, attn)))
-    return (*grads, states, *tensors), scalars
+    return (*grads, states, record, *tensors), scalars
 
 
 def agree(got: Tensors, want: Tensors) -> bool:

@@ -200,6 +200,10 @@ def _native_call(seed: int) -> SlotCall:
     return call._replace(options=call.options._replace(joint_heads=False, activation="relu", mask_grad=False))
 
 
+def _recorded(call: SlotCall, recorded: bool) -> SlotCall:
+    return call._replace(options=call.options._replace(recorded=recorded))
+
+
 SINGLE_HEADS = [seed for seed in range(150) if _native_call(seed).options.heads == 1]
 
 
@@ -220,23 +224,53 @@ def _autograd(call: SlotCall, grads: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @NATIVE
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("seed", SINGLE_HEADS)
-def test_native_iterations_are_the_reference(seed):
+def test_native_iterations_are_the_reference(seed, recorded):
     """Several heads take the driver."""
-    call = _native_call(seed)
-    found = _slot_backends._cpu_iterations(call)
+    call = _recorded(_native_call(seed), recorded)
+    *found, record = _slot_backends._cpu_iterations(call)
     for got, want in zip(found, reference(*_arguments(call)), strict=True):
         _close(got, want)
     draw = Draw(seed)
     grads = [draw.normal(*t.shape) for t in found[:3]]
     want = _autograd(call, grads)
-    for got, exact in zip(_slot_backends._cpu_iterations_backward(*grads, found[3], call), want, strict=True):
-        _close(got, exact)
+    assert (record.numel() > 0) is recorded
+    for _ in range(2):  # a graph that is retained goes backward more than once
+        gradients = _slot_backends._cpu_iterations_backward(*grads, found[3], record, call)
+        for got, exact in zip(gradients, want, strict=True):
+            _close(got, exact)
 
 
 @NATIVE
+@pytest.mark.usefixtures("level")
+def test_a_record_of_items_one_by_one():
+    """An item as large as a cache goes through all iterations before the next one; the backward takes all of them."""
+    draw = Draw(0)
+    options = SlotOptions(3, 1, 0.3, False, 1, 1e-3, False, 0.0, 1e-5, "relu", "full", True, False, False)
+    call = SlotCall(draw.normal(3, 2100, 64), draw.normal(3, 2, 4), draw.params(64, 4, 1), None, None, options)
+    gradients = []
+    for recorded in (False, True):
+        *found, record = _slot_backends._cpu_iterations(_recorded(call, recorded))
+        grads = [Draw(1).normal(*t.shape) for t in found[:3]]
+        gradients.append(_slot_backends._cpu_iterations_backward(*grads, found[3], record, call))
+    for got, want in zip(*gradients, strict=True):
+        _close(got, want)
+
+
+@NATIVE
+def test_a_record_of_another_call_is_refused():
+    call = _recorded(_native_call(SINGLE_HEADS[0]), True)
+    *found, record = _slot_backends._cpu_iterations(call)
+    grads = [torch.zeros_like(t) for t in found[:3]]
+    with pytest.raises(ValueError, match="record"):
+        _slot_backends._cpu_iterations_backward(*grads, found[3], record[1:].clone(), call)
+
+
+@NATIVE
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("gru", [False, True])
-def test_native_iterations_of_wide_slots(gru, level):
+def test_native_iterations_of_wide_slots(gru, recorded, level):
     """Enough rows for weights that are laid out once, whose sizes are no multiple of anything; float32 against
     float64, which is as near as PyTorch's own float32, and the same bits on any number of threads."""
     g = torch.Generator().manual_seed(3)
@@ -253,7 +287,7 @@ def test_native_iterations_of_wide_slots(gru, level):
     if gru:
         weights |= {"gru_weight_ih": normal(3 * d, hv) / 9, "gru_weight_hh": normal(3 * d, d) / 10}
         weights |= {"gru_bias_ih": normal(3 * d)}
-    options = SlotOptions(3, 1, hq**-0.5, False, 1, 1e-8, False, 0.0, 1e-5, "relu", "full", True, True, False)
+    options = SlotOptions(3, 1, hq**-0.5, False, 1, 1e-8, False, 0.0, 1e-5, "relu", "full", True, True, False, recorded)
     wide = SlotCall(normal(5, 33, 83), normal(5, 17, d), SlotParams(**weights), None, None, options)
     narrow = SlotParams(**{name: None if w is None else w.float() for name, w in vars(wide.params).items()})
     call = wide._replace(inputs=wide.inputs.float(), slots=wide.slots.float(), params=narrow)
@@ -270,8 +304,8 @@ def test_native_iterations_of_wide_slots(gru, level):
     saved = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found = _slot_backends._cpu_iterations(call)
-        runs.append([*found, *_slot_backends._cpu_iterations_backward(*narrow_grads, found[3], call)])
+        *found, record = _slot_backends._cpu_iterations(call)
+        runs.append([*found, *_slot_backends._cpu_iterations_backward(*narrow_grads, found[3], record, call)])
     torch.set_num_threads(saved)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     exact = [*plain(wide), *_autograd(wide, grads)]

@@ -122,6 +122,9 @@ struct SlotKernels {
 // The rest of slot attention.
 template <class T>
 struct SideKernels {
+  // out = a b + bias, and + out if `add`, of whole panels of a Gemm, at most as deep as its `depth`; bias may be null
+  void (*product)(int64_t a_panels, int64_t b_panels, int64_t k, const T* a, const T* b, const T* bias, bool add,
+                  T* out, int64_t pitch);
   // out = tile + bias, and + out if `add`; bias may be null
   void (*finish)(const T* tile, int64_t tile_pitch, int64_t rows, int64_t columns, const T* bias, bool add, T* out,
                  int64_t pitch);

@@ -43,9 +43,9 @@ VIDOPS_INLINE T lane_sum(typename Lanes<T>::V v) {
 
 #include "transpose.inl"
 
-// Both vectors of a panel of B, or the first.
+// Of a panel of B both vectors, or the first. bias may be null.
 template <class T, int N = 2>
-VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool add) {
+VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool add, const T* bias = nullptr) {
   using L = Lanes<T>;
   typename L::V acc[L::MR][N] = {};
   for (int64_t i = 0; i < k; ++i, a += L::MR, b += L::NR) {
@@ -64,6 +64,7 @@ VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, b
 #pragma GCC unroll 2
     for (int h = 0; h < N; ++h) {
       T* out = c + r * ldc + h * L::W;
+      if (bias) acc[r][h] += load(bias + h * L::W);
       store(out, add ? load(out) + acc[r][h] : acc[r][h]);
     }
 }
@@ -101,8 +102,8 @@ void gemm_half(int64_t a_panels, int64_t k, const void* a_raw, const void* b_raw
                   ldc, k0 > 0);
 }
 
-// Rows [R0, R0 + N) of a panel of R, E columns of them. A store of whole vectors reaches into the next column where N is
-// no multiple of them, which is then written in its turn: fewer rows go first, and `last` tells that nothing comes next.
+// Rows [R0, R0 + N) of a panel of R, E columns of them. Where N is less than a vector, stores reach the next column,
+// which is written in its turn: such rows go first, and `last` tells that nothing comes next.
 template <class T, int R, int R0, int N>
 VIDOPS_INLINE void pack_block(const T* const* rows, int64_t d, const T* centre, T scale, bool last, T* out) {
   using L = Lanes<T>;
@@ -738,8 +739,8 @@ constexpr Kernels<T> make_table() {
           wide_add<T>,
           absorb,
           slot_table<T>(),
-          {side_finish<T>, side_few_rows<T>, side_norm_grad<T>, side_affine_grad<T>, side_normalise<T>, side_gru<T>,
-           side_gru_grad<T>, side_relu<T>, side_relu_grad<T>, side_multiply<T>, side_multiply_add<T>}};
+          {side_product<T>, side_finish<T>, side_few_rows<T>, side_norm_grad<T>, side_affine_grad<T>, side_normalise<T>,
+           side_gru<T>, side_gru_grad<T>, side_relu<T>, side_relu_grad<T>, side_multiply<T>, side_multiply_add<T>}};
 }
 
 }  // namespace

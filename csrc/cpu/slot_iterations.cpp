@@ -30,9 +30,13 @@ class Iterations : SlotSide<T> {
       const int64_t state = step - (given_.iters - kept);
       if (state >= 0) std::copy_n(slots, size, given_.states.template as<T>() + state * given_.states.stride[0]);
       const bool last = step == given_.iters - 1;
-      SlotSide<T>::run(s_, step == 0, last ? given_.dots : TensorView(), last ? given_.attn : TensorView());
-      if (this->mlp()) this->product(s_.hidden, second_, w_.mlp_bias2, slots, true);
+      SlotRows<T> s = s_;
+      if (state >= 0) this->recorded(state, s);
+      SlotSide<T>::run(s, step == 0, last ? given_.dots : TensorView(), last ? given_.attn : TensorView());
+      if (this->mlp()) this->product(s.hidden, second_, w_.mlp_bias2, slots, true);
     }
+    // Before a backward, which needs memory, but no weights in this layout.
+    if (given_.record.present()) this->discard_packed_weights();
   }
 
  private:
@@ -74,6 +78,7 @@ void run_items(const SlotIterationsForwardParams& p, int threads) {
          {&SlotIterationsForwardParams::slots, &SlotIterationsForwardParams::out, &SlotIterationsForwardParams::dots,
           &SlotIterationsForwardParams::attn})
       part.*one = items_of(p.*one, first, count);
+    part.items = batch, part.first_item = first;
     part.inputs = items_of(p.inputs, first, count), part.states = items_of(p.states, first, count, 1);
     part.token_mask = items_of(p.token_mask, first, count), part.slot_mask = items_of(p.slot_mask, first, count);
     Iterations<T>(part, threads).run();
@@ -133,6 +138,7 @@ void check_iterations(const SlotIterationsParams& p) {
   }
   for (const TensorView* v : {&w.norm_slots_weight, &w.norm_slots_bias, &w.norm_mlp_weight, &w.norm_mlp_bias})
     check_vector<T>(*v, width, "norm");
+  if (p.record.present()) check_contiguous<T>(p.record, {slot_record_size(p)}, "record");
 }
 
 template void check_iterations<float>(const SlotIterationsParams&);
@@ -155,6 +161,15 @@ void slot_iterations_forward_cpu(const SlotIterationsForwardParams& params, int 
     require(params.iters >= 1 && states.shape[0] <= params.iters, "states: expected at most one per iteration");
     cpu::run_items<T>(params, threads);
   });
+}
+
+int64_t slot_record_size(const SlotIterationsParams& p) {
+  const SlotWeights& w = p.weights;
+  const int64_t channels = p.inputs.shape[2], width = p.states.shape[3];
+  int64_t row = 3 + w.q_weight.shape[0] + 2 * channels + w.v_weight.shape[0];
+  if (w.merge_weight.present()) row += w.merge_weight.shape[0];
+  if (w.gru_weight_ih.present()) row += 6 * width;
+  return 2 * p.inputs.shape[0] * p.inputs.shape[1] + p.states.shape[0] * p.states.shape[1] * p.states.shape[2] * row;
 }
 
 void slot_iterations_release_cpu() { cpu::Scratch::release(); }

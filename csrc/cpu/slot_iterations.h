@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <utility>
 
 #include "common.h"
 #include "kernels.h"
@@ -58,6 +59,12 @@ class Scratch {
     for (Block& block : blocks())
       if (block.memory.get() == memory) block.taken = false;
   }
+  // Frees it, for good.
+  void discard(const void* memory) {
+    auto& all = blocks();
+    all.erase(std::remove_if(all.begin(), all.end(), [&](const Block& b) { return b.memory.get() == memory; }),
+              all.end());
+  }
   static void release() { blocks().clear(); }
 
  private:
@@ -71,6 +78,26 @@ class Scratch {
     thread_local std::vector<Block> kept;
     return kept;
   }
+};
+
+// The rows that a forward keeps for the backward: of each quantity those of all kept iterations one after the other, as
+// a product over several of them takes them. In front are the statistics of the tokens.
+template <class T>
+class SlotRecord {
+ public:
+  SlotRecord() = default;
+  // Of `count` items from `first` on of a record of `items`.
+  SlotRecord(T* base, int64_t kept, int64_t items, int64_t first, int64_t slots)
+      : next_(base), items_(items), first_(first), slots_(slots), kept_(kept) {}
+
+  T* of_tokens(int64_t tokens) { return std::exchange(next_, next_ + items_ * tokens) + first_ * tokens; }
+  // Of the first kept iteration; those of the next are `pitch(width)` away.
+  T* of_slots(int64_t width) { return std::exchange(next_, next_ + kept_ * pitch(width)) + first_ * slots_ * width; }
+  int64_t pitch(int64_t width) const { return items_ * slots_ * width; }
+
+ private:
+  T* next_ = nullptr;
+  int64_t items_ = 0, first_ = 0, slots_ = 0, kept_ = 0;
 };
 
 // What the rows of slots are multiplied by, (out, in), or (in, out) if not `turned`.
@@ -119,6 +146,12 @@ struct SlotRows {
 template <class T>
 class SlotSide {
  protected:
+  struct Recorded {
+    T* SlotRows<T>::*rows;
+    T* first;  // of the first kept iteration
+    int64_t pitch;
+  };
+
   SlotSide(const SlotIterationsParams& params, int threads)
       : p_(params),
         w_(params.weights),
@@ -137,7 +170,11 @@ class SlotSide {
         from_slots_(w_.gru_weight_hh, true),
         first_(w_.mlp_weight1, true),
         second_(w_.mlp_weight2, true) {
-    for (T** token : {&mean_, &rstd_}) *token = take(batch_ * tokens_);
+    if (p_.record.present()) {
+      record();
+    } else {
+      for (T** token : {&mean_, &rstd_}) *token = take(batch_ * tokens_);
+    }
     key_bias_ = folded_bias(w_.k_weight, w_.k_bias), value_bias_ = folded_bias(w_.v_weight, w_.v_bias);
   }
 
@@ -150,16 +187,35 @@ class SlotSide {
     for (SlotWeight<T>* w : weights())
       if (rows_ >= kPackedRows) w->pack(scratch_, threads_);
   }
+  void discard_packed_weights() {
+    for (SlotWeight<T>* w : weights())
+      if (w->packed.present()) scratch_.discard(std::exchange(w->packed, TensorView()).data);
+  }
   T* take(int64_t count) { return scratch_.take<T>(count); }
   bool gru() const { return from_update_.present(); }
   bool mlp() const { return first_.present(); }
   int64_t update_width() const { return merge_.present() ? merge_.outs() : value_.outs(); }
 
+  // The rows of the record of one kept iteration, in place of those that `s` has.
+  void recorded(int64_t index, SlotRows<T>& s) const {
+    for (const Recorded& r : recorded_) s.*r.rows = r.first + index * r.pitch;
+  }
+
   // From the slots to the hidden layer of the MLP. `first`: the statistics of the tokens are not known yet. dots and
   // attn absent: not wanted. May share memory: normed, heads and mlp_normed; q, update, and hidden; mean_row and
   // value_row; slots and moved.
   void run(const SlotRows<T>& s, bool first, const TensorView& dots, const TensorView& attn) {
+    gather(s, first, dots, attn);
+    move(s);
+  }
+
+  void norm_slots(const SlotRows<T>& s) const {
     normalise(s.slots, w_.norm_slots_weight, w_.norm_slots_bias, s.normed);
+  }
+
+  // The part of `run` whose rows a record holds, but for `normed`.
+  void gather(const SlotRows<T>& s, bool first, const TensorView& dots, const TensorView& attn) {
+    norm_slots(s);
     product(s.normed, q_, w_.q_bias, s.q);
     kn_.scaled_copy(T(p_.scale), s.q, s.q, rows_ * q_.outs());
     product(s.q, key_, {}, s.token_q);
@@ -178,11 +234,15 @@ class SlotSide {
     for (int64_t r = 0; value_bias_ && r < rows_; ++r)
       kn_.axpy(s.weight[r], value_bias_, s.heads + r * value_.outs(), value_.outs());
     if (merge_.present()) product(s.heads, merge_, w_.merge_bias, s.update);
-    const T* update = merge_.present() ? s.update : s.heads;
     if (gru()) {
-      product(update, from_update_, w_.gru_bias_ih, s.from_update);
+      product(merge_.present() ? s.update : s.heads, from_update_, w_.gru_bias_ih, s.from_update);
       product(s.slots, from_slots_, w_.gru_bias_hh, s.from_slots);
     }
+  }
+
+  // The rest of it.
+  void move(const SlotRows<T>& s) {
+    const T* update = merge_.present() ? s.update : s.heads;
     if (s.moved != s.slots) std::copy_n(s.slots, rows_ * width_, s.moved);
     for_rows([&](int64_t r) {
       T* row = s.moved + r * width_;
@@ -264,10 +324,25 @@ class SlotSide {
   const int64_t batch_, slots_, width_, tokens_, channels_, rows_;
   Scratch scratch_;
   SlotWeight<T> q_, key_, value_, merge_, from_update_, from_slots_, first_, second_;
+  std::vector<Recorded> recorded_;
   T *mean_, *rstd_;            // of the tokens
   T *key_bias_, *value_bias_;  // with the shift of the inputs' norm inside; null: zero
 
  private:
+  void record() {
+    const int64_t items = p_.items > 0 ? p_.items : batch_;
+    SlotRecord<T> record(p_.record.as<T>(), p_.states.shape[0], items, p_.first_item, slots_);
+    mean_ = record.of_tokens(tokens_), rstd_ = record.of_tokens(tokens_);
+    auto keep = [&](T* SlotRows<T>::*rows, int64_t width) {
+      recorded_.push_back({rows, record.of_slots(width), record.pitch(width)});
+    };
+    for (T* SlotRows<T>::*rows : {&SlotRows<T>::c, &SlotRows<T>::weight, &SlotRows<T>::total}) keep(rows, 1);
+    keep(&SlotRows<T>::q, q_.outs()), keep(&SlotRows<T>::token_q, channels_);
+    keep(&SlotRows<T>::mean_row, channels_), keep(&SlotRows<T>::heads, value_.outs());
+    if (merge_.present()) keep(&SlotRows<T>::update, merge_.outs());
+    if (gru()) keep(&SlotRows<T>::from_update, 3 * width_), keep(&SlotRows<T>::from_slots, 3 * width_);
+  }
+
   void normalise(const T* x, const TensorView& weight, const TensorView& bias, T* out) const {
     for_moments(x, [&](int64_t from, int64_t count, const T* mean, const T* rstd) {
       for (int64_t r = 0; r < count; ++r)

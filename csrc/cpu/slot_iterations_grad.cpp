@@ -1,4 +1,5 @@
-// All iterations of slot attention in one call, backward: each is run again from the slots that entered it.
+// All iterations of slot attention in one call, backward: each is run again from the slots that entered it, or from
+// what the forward recorded of it.
 //
 // The gradient of a weight is a product over rows of slots. Where these are few, iterations are taken together: the
 // weights' gradients, which are then larger than anything else, are written once. Where they are many, memory is given
@@ -42,8 +43,10 @@ class IterationsGrad : SlotSide<T> {
       mlp_normed_ = grad_out_ = pooled(width_);
       hidden_ = grad_hidden_ = pooled(first_.outs());
     }
-    for (T** one : {&c_, &weight_, &total_, &grad_den_, &grad_c_}) *one = this->take(rows_);
-    if (iterations_ > 1) this->pack_weights();
+    if (!params.record.present())
+      for (T** one : {&c_, &weight_, &total_}) *one = this->take(rows_);
+    for (T** one : {&grad_den_, &grad_c_}) *one = this->take(rows_);
+    if (iterations_ > 1 && !params.record.present()) this->pack_weights();
     if (key_bias_) key_bias_grad_ = zeros(hq);
     if (value_bias_) value_bias_grad_ = zeros(hv);
     for (const TensorView* v : {&g_.norm_input_weight, &g_.norm_input_bias, &g_.norm_slots_weight, &g_.norm_slots_bias,
@@ -70,14 +73,10 @@ class IterationsGrad : SlotSide<T> {
     index_ = index;
     SlotRows<T> s;
     s.slots = given_.states.template as<const T>() + index * rows_ * width_;
-    s.normed = hold(normed_), s.q = hold(q_rows_), s.token_q = hold(token_q_), s.mean_row = hold(mean_row_);
-    s.value_row = hold(value_row_), s.heads = hold(heads_), s.moved = hold(moved_);
-    s.c = c_, s.weight = weight_, s.total = total_;
-    if (merge_.present()) s.update = hold(update_);
-    if (this->gru()) s.from_update = hold(gates_update_), s.from_slots = hold(gates_slots_);
+    s.normed = hold(normed_), s.moved = hold(moved_);
     if (this->mlp()) s.mlp_normed = hold(mlp_normed_), s.hidden = hold(hidden_);
-    SlotSide<T>::run(s, last(), {}, {});
-    drop(value_row_);
+    given_.record.present() ? resume(s) : again(s);
+    this->move(s);
     if (!merge_.present() && !this->gru()) drop(heads_);
 
     if (this->mlp()) mlp_grad(s);
@@ -90,6 +89,24 @@ class IterationsGrad : SlotSide<T> {
     drop(grad_row_), drop(token_q_);
     queries_grad(s);
     drop(q_rows_), drop(grad_token_q_), drop(normed_);
+  }
+
+  void again(SlotRows<T>& s) {
+    s.q = hold(q_rows_), s.token_q = hold(token_q_), s.mean_row = hold(mean_row_);
+    s.value_row = hold(value_row_), s.heads = hold(heads_);
+    s.c = c_, s.weight = weight_, s.total = total_;
+    if (merge_.present()) s.update = hold(update_);
+    if (this->gru()) s.from_update = hold(gates_update_), s.from_slots = hold(gates_slots_);
+    this->gather(s, last(), {}, {});
+    drop(value_row_);
+  }
+
+  // Gates turn into their gradients, and the record may be asked for once more.
+  void resume(SlotRows<T>& s) {
+    this->norm_slots(s);
+    this->recorded(index_, s);
+    if (!this->gru()) return;
+    s.from_update = copied(s.from_update, gates_update_), s.from_slots = copied(s.from_slots, gates_slots_);
   }
 
   void mlp_grad(const SlotRows<T>& s) {
@@ -255,7 +272,9 @@ class IterationsGrad : SlotSide<T> {
   }
   // `rows`, copied if they have to outlast this iteration.
   const T* kept(const T* rows, Part<T>& part) {
-    if (!stays(part)) return rows;
+    return stays(part) ? copied(rows, part) : rows;
+  }
+  T* copied(const T* rows, Part<T>& part) {
     T* copy = hold(part);
     std::copy_n(rows, rows_ * part.width, copy);
     return copy;

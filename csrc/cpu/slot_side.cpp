@@ -32,23 +32,13 @@ struct Operand {
       : base(x.as<const T>() + item * x.stride[0]), pitch(x.stride[1]), turned(turned_) {}
 };
 
-// Packs `count` rows from `first` on, columns [k0, k0 + k), as panels of `step` rows. What a last panel lacks holds
-// anything. Up to `lanes` elements behind the last panel are written.
+// Panels of rows [first, first + count), columns [k0, k0 + k).
 template <class T>
-void pack_rows(const Kernels<T>& kn, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0,
-               int64_t k, T* out) {
-  if (x.turned) return pack_columns(kn.gemm, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
-  const int64_t step = a_side ? kn.gemm.mr : kn.gemm.nr, lanes = kn.slots.lanes;
-  for (int64_t i = 0; i < count; i += step, out += k * step) {
-    const int64_t here = std::min(step, count - i);
-    for (int64_t r = 0;; r = std::min(r + lanes, step - lanes)) {
-      // The last strip ends with the panel; a panel narrower than a strip is overrun, by what comes next again.
-      const int64_t row = std::min(r, here - 1);
-      kn.slots.strip({x.base + (first + i + row) * x.pitch + k0, x.pitch, std::min(lanes, here - row), k, nullptr,
-                      nullptr, out + r, step});
-      if (r + lanes >= step) break;
-    }
-  }
+void pack_rows(const Gemm<T>& g, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0, int64_t k,
+                char* out) {
+  if (x.turned) return pack_columns(g, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
+  auto row = [&](int64_t r) { return x.base + (first + r) * x.pitch + k0; };
+  pack_panels(g, a_side, row, count, k, (const T*)nullptr, T(1), 0, round_up(k, g.k_align), out);
 }
 
 // body(first column, columns) for every slice of `k` columns; once for none, whose product is zero.
@@ -59,11 +49,12 @@ void for_slices(int64_t k, F&& body) {
 
 // Lays out columns [k0, k0 + k) of a right operand with n rows: slice by slice, panels one after the other.
 template <class T>
-void pack_right(const Kernels<T>& kn, const Operand<T>& b, int64_t n, int64_t k0, int64_t k, T* out, int threads) {
-  const int64_t nr = kn.gemm.nr, panels = ceil_div(n, nr);
+void pack_right(const Gemm<T>& g, const Operand<T>& b, int64_t n, int64_t k0, int64_t k, T* out, int threads) {
+  const int64_t nr = g.nr, panels = ceil_div(n, nr);
   parallel_for(panels, threads, [&](int64_t j, int) {
     for_slices(k, [&](int64_t s, int64_t depth) {
-      pack_rows(kn, false, b, j * nr, std::min(nr, n - j * nr), k0 + s, depth, out + (s * panels + j * depth) * nr);
+      pack_rows(g, false, b, j * nr, std::min(nr, n - j * nr), k0 + s, depth,
+                reinterpret_cast<char*>(out + (s * panels + j * depth) * nr));
     });
   });
 }
@@ -82,7 +73,7 @@ class Product {
         scratch_(team_) {
     const int64_t slab = std::min(k_, kSlab);
     if (!p_.packed.present()) right_.resize(panels_ * nr_ * slab);
-    for (Own& s : scratch_) s.left.resize(block_ * slab + kn_.slots.lanes), s.tile.resize(block_ * tile_pitch_);
+    for (Own& s : scratch_) s.left.resize(block_ * slab), s.tile.resize(block_ * tile_pitch_);
   }
 
   void run() const {
@@ -101,7 +92,7 @@ class Product {
     if (p_.packed.present())
       packed = p_.packed.as<const T>() + item * p_.packed.shape[1] + k0 * panels_ * nr_;
     else
-      pack_right(kn_, Operand<T>(p_.b, item, !p_.b_turned), n_, k0, k, right_.get(), team_);
+      pack_right(kn_.gemm, Operand<T>(p_.b, item, !p_.b_turned), n_, k0, k, right_.get(), team_);
     // A panel of the slice that begins at column `first` of the slab.
     auto right = [&](int64_t first, int64_t depth, int64_t panel) {
       return packed + (first * panels_ + panel * depth) * nr_;
@@ -110,17 +101,22 @@ class Product {
       T *left = scratch_[thread].left.get(), *tile = scratch_[thread].tile.get();
       const int64_t first = task * block_, rows = std::min(block_, m_ - first), padded = round_up(rows, mr_);
       for_slices(k, [&](int64_t s, int64_t depth) {
-        pack_rows(kn_, true, a, first, rows, k0 + s, depth, left + s * padded);
+        pack_rows(kn_.gemm, true, a, first, rows, k0 + s, depth, reinterpret_cast<char*>(left + s * padded));
       });
       for (int64_t j = 0; j < panels_; j += kTilePanels) {
-        const int64_t here = std::min(kTilePanels, panels_ - j), column = j * nr_;
+        const int64_t here = std::min(kTilePanels, panels_ - j), column = j * nr_, pitch = p_.out.stride[1];
+        const int64_t columns = std::min(here * nr_, n_ - column);
+        // What fills its panels goes where it belongs, the rest by way of a tile.
+        const int64_t whole = columns == here * nr_ ? rows / mr_ : 0, done = whole * mr_;
         T* out = p_.out.as<T>() + item * p_.out.stride[0] + first * p_.out.stride[1] + column;
         for_slices(k, [&](int64_t s, int64_t depth) {
-          const bool begins = k0 + s == 0;
-          kn_.gemm.run(padded / mr_, here, depth, left + s * padded, right(s, depth, j), tile, tile_pitch_);
-          kn_.side.finish(tile, tile_pitch_, rows, std::min(here * nr_, n_ - column),
-                          begins && p_.bias.present() ? p_.bias.as<const T>() + column : nullptr, p_.add || !begins,
-                          out, p_.out.stride[1]);
+          const bool begins = k0 + s == 0, add = p_.add || !begins;
+          const T *l = left + s * padded, *r = right(s, depth, j);
+          const T* bias = begins && p_.bias.present() ? p_.bias.as<const T>() + column : nullptr;
+          kn_.side.product(whole, here, depth, l, r, bias, add, out, pitch);
+          if (done == rows) return;
+          kn_.gemm.run(padded / mr_ - whole, here, depth, l + done * depth, r, tile, tile_pitch_);
+          kn_.side.finish(tile, tile_pitch_, rows - done, columns, bias, add, out + done * pitch, pitch);
         });
       }
     });
@@ -150,20 +146,11 @@ int64_t tiles_size(const Gemm<T>& g, int64_t n, int64_t k) {
   return round_up(n, g.nr) * round_up(k, g.k_align) * g.elem / int64_t(sizeof(T));
 }
 
-// Panels of rows [first, first + count), columns [k0, k0 + k).
-template <class T>
-void pack_tiles(const Gemm<T>& g, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0, int64_t k,
-                char* out) {
-  if (x.turned) return pack_columns(g, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
-  auto row = [&](int64_t r) { return x.base + (first + r) * x.pitch + k0; };
-  pack_panels(g, a_side, row, count, k, (const T*)nullptr, T(1), 0, round_up(k, g.k_align), out);
-}
-
 template <class T>
 void pack_right_tiles(const Gemm<T>& g, const Operand<T>& b, int64_t n, int64_t k, char* out, int threads) {
   const int64_t bytes = g.nr * round_up(k, g.k_align) * g.elem;
   parallel_for(ceil_div(n, g.nr), threads, [&](int64_t j, int) {
-    pack_tiles(g, false, b, j * g.nr, std::min<int64_t>(g.nr, n - j * g.nr), 0, k, out + j * bytes);
+    pack_rows(g, false, b, j * g.nr, std::min<int64_t>(g.nr, n - j * g.nr), 0, k, out + j * bytes);
   });
 }
 
@@ -192,7 +179,7 @@ void tile_product(const Gemm<T>& g, const ProductParams& p, int threads) {
     const int64_t k = std::min(depth, whole - k0), padded = round_up(k, g.k_align);
     const Operand<T> a(p.a, item, p.a_turned), b(p.b, item, !p.b_turned);
     parallel_for(ceil_div(rows, g.mr), threads, [&](int64_t i, int) {
-      pack_tiles(g, true, a, from + i * g.mr, std::min<int64_t>(g.mr, rows - i * g.mr), k0, k,
+      pack_rows(g, true, a, from + i * g.mr, std::min<int64_t>(g.mr, rows - i * g.mr), k0, k,
                  left.get() + i * g.mr * padded * g.elem);
     });
     parallel_for(groups, team, [&](int64_t group, int thread) {
@@ -203,7 +190,7 @@ void tile_product(const Gemm<T>& g, const ProductParams& p, int threads) {
         right = reinterpret_cast<const char*>(p.packed.as<const T>() + item * p.packed.shape[1]) +
                 column * padded * g.elem;
       else
-        pack_tiles(g, false, b, column, columns, k0, k, s.right.get());
+        pack_rows(g, false, b, column, columns, k0, k, s.right.get());
       for (int64_t i = 0; i < rows; i += step) {
         const int64_t here = std::min(step, rows - i);
         g.run(ceil_div(here, g.mr), ceil_div(columns, g.nr), padded, left.get() + i * padded * g.elem, right,
@@ -351,7 +338,7 @@ void product_pack_cpu(const TensorView& b, bool b_turned, const TensorView& pack
       if (tiles)
         cpu::pack_right_tiles(*tiles, rows, n, k, reinterpret_cast<char*>(out), threads);
       else
-        cpu::pack_right(cpu::kernels<T>(), rows, n, 0, k, out, threads);
+        cpu::pack_right(cpu::kernels<T>().gemm, rows, n, 0, k, out, threads);
     }
   });
 }

@@ -1,6 +1,16 @@
 // Inner loops of slot attention's products and norms; a part of kernels.inl, in its namespaces. See SideKernels.
 
 template <class T>
+void side_product(int64_t a_panels, int64_t b_panels, int64_t k, const T* a, const T* b, const T* bias, bool add,
+                  T* out, int64_t pitch) {
+  using L = Lanes<T>;
+  for (int64_t jp = 0; jp < b_panels; ++jp)
+    for (int64_t ip = 0; ip < a_panels; ++ip)
+      micro<T>(k, a + ip * k * L::MR, b + jp * k * L::NR, out + ip * L::MR * pitch + jp * L::NR, pitch, add,
+               bias ? bias + jp * L::NR : nullptr);
+}
+
+template <class T>
 void side_finish(const T* tile, int64_t tile_pitch, int64_t rows, int64_t columns, const T* bias, bool add, T* out,
                  int64_t pitch) {
   constexpr int W = Lanes<T>::W;

@@ -60,8 +60,7 @@ class IndexSort {
 };
 
 // y = x / |x|, zeros for zeros; false, and NaN in y, if an element is not finite. |x| is rounded once: a row of one
-// element becomes exactly 1 or -1, and equal rows have the same y. square: |x|^2, of which range and elements are not yet
-// looked at.
+// element becomes exactly 1 or -1, and equal rows have the same y. square: |x|^2 as it is, out of range or not.
 template <class T>
 bool unit_row(const Kernels<T>& kn, const T* x, int64_t width, T* y, double* square) {
   // Within these the norm is a normal number of T, and no square over- or underflows in double.

@@ -180,7 +180,7 @@ struct IterationsShape {
 // What sanitizers, guards and threads say; that results and gradients are right is tested against the reference in
 // Python.
 template <class T>
-void iterations(const IterationsShape& s) {
+void iterations(const IterationsShape& s, bool recorded) {
   auto x = normal<T>({s.batch, s.tokens, s.channels}, 1, 3), slots = normal<T>({s.batch, s.slots, s.width}, 1, 0);
   std::vector<Array<T>> weights;
   std::vector<TensorView SlotWeights::*> names;
@@ -209,6 +209,8 @@ void iterations(const IterationsShape& s) {
     p.inputs = x.view(), p.slots = slots.view(), p.eps = 1e-8, p.iters = 3;
     for (size_t i = 0; i < names.size(); ++i) p.weights.*names[i] = weights[i].view();
     p.out = out.view(), p.states = states.view(), p.dots = dots.view(), p.attn = attn.view();
+    Array<T> record({recorded ? slot_record_size(p) : 0});
+    if (recorded) p.record = record.view();
     slot_iterations_forward_cpu(p, threads);
     for (int64_t token = 0; token < s.tokens; ++token) {
       double sum = 0;
@@ -225,7 +227,10 @@ void iterations(const IterationsShape& s) {
     for (const Array<T>& weight : weights) results.push_back(Array<T>(weight.shape));
     g.grad_slots = results[4].view(), g.grad_inputs = results[5].view();
     for (size_t i = 0; i < names.size(); ++i) g.grads.*names[i] = results[6 + i].view();
+    const std::vector<T> before = record.data;
     slot_iterations_backward_cpu(g, threads);
+    expect(record.data == before, "iterations: the backward leaves the record as it is");
+    if (recorded) results.push_back(std::move(record));
     for (const Array<T>& result : results) {
       expect(result.guarded(), "iterations guard");
       for (int64_t i = 0; i < result.rows * result.width(); ++i)
@@ -241,11 +246,13 @@ void iterations(const IterationsShape& s) {
 
 template <class T>
 void slot_tests() {
-  iterations<T>({2, 33, 17, 5, 9, 7, 9, 0, false});
-  iterations<T>({1, 1, 1, 1, 1, 1, 1, 3, true});
-  iterations<T>({5, 40, 83, 17, 98, 70, 98, 130, true});  // weights that are laid out once
-  iterations<T>({16, 20, 5, 17, 9, 7, 9, 3, true});       // too many rows for a backward of all iterations together
-  iterations<T>({2, 4100, 64, 2, 5, 3, 5, 4, false});     // item by item
+  for (bool recorded : {false, true}) {
+    iterations<T>({2, 33, 17, 5, 9, 7, 9, 0, false}, recorded);
+    iterations<T>({1, 1, 1, 1, 1, 1, 1, 3, true}, recorded);
+    iterations<T>({5, 40, 83, 17, 98, 70, 98, 130, true}, recorded);  // weights that are laid out once
+    iterations<T>({16, 20, 5, 17, 9, 7, 9, 3, true}, recorded);    // too many rows for one backward of all iterations
+    iterations<T>({2, 4100, 64, 2, 5, 3, 5, 4, false}, recorded);  // item by item
+  }
   slot_attend<T>({1, 1, 1, 1, 1, 1, false, false, false, 1});
   slot_attend<T>({2, 1, 7, 300, 64, 32, false, false, true, 1});
   slot_attend<T>({2, 3, 15, 65, 37, 33, true, false, true, 5});

@@ -36,7 +36,7 @@ def test_opcheck_of_the_least_slot_attention(backend, with_maps):
     given = {name: weight if name in required else None for name, weight in vars(weights).items()}
     x, slots = heads(2, 7, 6, on=backend), heads(2, 3, 8, seed=1, on=backend)
     tensors = [t if t is None else t.clone().requires_grad_(True) for t in (x, slots, *given.values())]
-    options = (2, 1, 0.5, True, 1, 1.0, True, 0.0, 1e-5, "relu", "bilevel", with_maps, with_maps, False)
+    options = (2, 1, 0.5, True, 1, 1.0, True, 0.0, 1e-5, "relu", "bilevel", with_maps, with_maps, False, True)
     opcheck(OPS["slot_attention"].call, (*tensors, None, None, *options, backend))
 
 
@@ -45,7 +45,7 @@ def test_opcheck_of_a_mask_with_a_gradient(backend):
     sample = case("slot_attention", backend)
     mask = sample.tensors[-2].clone().requires_grad_(True)
     tensors = (*sample.tensors[:-2], mask, sample.tensors[-1])
-    opcheck(OPS["slot_attention"].call, (*tensors, *sample.scalars[:-1], True, backend))
+    opcheck(OPS["slot_attention"].call, (*tensors, *sample.scalars[:-2], True, False, backend))
 
 
 class Window(torch.nn.Module):

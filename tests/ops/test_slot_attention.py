@@ -307,6 +307,18 @@ class TestGradientModes:
         return vidops.slot_attention(inputs, slots, params, backend=backend, **options | {"iters": 2})[0]
 
     @on_backends("slot_attention", gradient=True)
+    @pytest.mark.parametrize("which", range(3))
+    def test_a_result_that_is_not_used_has_no_gradient(self, backend, which):
+        inputs, slots, params, options = _call("locatello", backend, torch.float32)
+        leaves = [inputs.requires_grad_(True), slots.requires_grad_(True)]
+        results = vidops.slot_attention(inputs, slots, params, backend=backend, **options)
+        grads = [heads(*t.shape, seed=index, on=backend) if index == which else None for index, t in enumerate(results)]
+        found = torch.autograd.grad(results[which], leaves, grads[which], retain_graph=True)
+        zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(results, grads, strict=True)]
+        want = torch.autograd.grad(results, leaves, zeros)
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(found, want, strict=True))
+
+    @on_backends("slot_attention", gradient=True)
     def test_bilevel_is_the_last_iteration(self, backend):
         out, grads = self.gradients(backend, iters=3, grad_mode="bilevel")
         alone, want = self.gradients(backend, iters=1, slots=self.entering_last(backend))
@@ -338,7 +350,12 @@ class TestGradientModes:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             vidops.slot_attention(inputs, slots, params, backend=backend, **options)
         given = {t.data_ptr() for t in (inputs, slots, *_present(params))}
-        assert [t.shape for t in saved if t.data_ptr() not in given] == [(states, *slots.shape)]
+        kept, record = (t for t in saved if t.data_ptr() not in given)
+        assert kept.shape == (states, *slots.shape)
+        (batch, tokens, din), d = inputs.shape, slots.shape[2]
+        row = 3 + 2 * din + len(params.q_weight) + len(params.v_weight) + 6 * d  # of a slot, whatever the tokens
+        rows = states * batch * slots.shape[1] * row + 2 * batch * tokens
+        assert record.shape == (rows if backend == "cpu" else 0,)
 
 
 @on_backends("slot_attention", gradient=True)

@@ -13,7 +13,7 @@ import torch
 
 from vidops import _native
 from vidops.ops import _backends, _slot_iterations
-from vidops.ops._slot_params import SlotCall, flat, widened
+from vidops.ops._slot_params import SlotCall, flat, record_size, widened
 from vidops.reference.slot_attend import attend_backward, attend_forward
 
 REFERENCE = _slot_iterations.Attend(attend_forward, attend_backward)
@@ -137,17 +137,22 @@ def _cpu_iterations(call: SlotCall) -> tuple[torch.Tensor, ...]:
     options = call.options
     (inputs, *views), numbers = _native_call(call)
     slots = call.slots.contiguous()
-    kept = options.iters if options.grad_mode == "full" else 1
     map_shape = (*slots.shape[:2], call.inputs.shape[1])
     dots, attn = (slots.new_empty(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
-    out, states = torch.empty_like(slots), slots.new_empty(kept, *slots.shape)
-    given, *results = _native_views(slots, out, states, dots, attn)
+    out, states = torch.empty_like(slots), slots.new_empty(options.kept, *slots.shape)
+    record = slots.new_empty(record_size(call))
+    given, *results = _native_views(slots, out, states, record, dots, attn)
     _native.C.slot_iterations_forward_cpu(inputs, given, *views, *results, options.iters, *numbers)
-    return out, dots, attn, states
+    return out, dots, attn, states, record
 
 
 def _cpu_iterations_backward(
-    grad_slots: torch.Tensor, grad_dots: torch.Tensor, grad_attn: torch.Tensor, states: torch.Tensor, call: SlotCall
+    grad_slots: torch.Tensor,
+    grad_dots: torch.Tensor,
+    grad_attn: torch.Tensor,
+    states: torch.Tensor,
+    record: torch.Tensor,
+    call: SlotCall,
 ) -> list[torch.Tensor]:
     options = call.options
     views, numbers = _native_call(call)
@@ -155,7 +160,7 @@ def _cpu_iterations_backward(
     grads = [None if w is None else torch.empty_like(w, memory_format=packed) for w in flat(call.params)]
     grad, grad_inputs = grad_slots.clone(memory_format=packed), torch.empty_like(call.inputs, memory_format=packed)
     maps = grad_dots.contiguous() if options.with_dots else None, grad_attn.contiguous() if options.with_attn else None
-    given = _native_views(states, *maps, grad, grad_inputs)
+    given = _native_views(states, record, *maps, grad, grad_inputs)
     _native.C.slot_iterations_backward_cpu(*views, *given, _native_views(states, *grads)[1:], *numbers)
     if options.grad_mode == "fixed_point":
         grad.zero_()
@@ -165,7 +170,10 @@ def _cpu_iterations_backward(
 def cpu_forward(inputs: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     wide = _backends.upcast(inputs)
     call = SlotCall.of(*wide, *args)
-    return _cpu_iterations(call) if _cpu_one_call(call) else _slot_iterations.forward(_CPU, *wide, *args)
+    if _cpu_one_call(call):
+        return _cpu_iterations(call)
+    results = _slot_iterations.forward(_CPU, *wide, *args)
+    return *results, results[3].new_empty(record_size(call))
 
 
 def cpu_backward(
@@ -173,13 +181,14 @@ def cpu_backward(
     grad_dots: torch.Tensor,
     grad_attn: torch.Tensor,
     states: torch.Tensor,
+    record: torch.Tensor,
     inputs: torch.Tensor,
     *args: Any,
 ) -> list[torch.Tensor]:
     grads, wide = (grad_slots, grad_dots, grad_attn), _backends.upcast(inputs)
     call = SlotCall.of(*wide, *args)
     if _cpu_one_call(call) and not call.options.mask_grad:
-        found = _cpu_iterations_backward(*grads, states, call)
+        found = _cpu_iterations_backward(*grads, states, record, call)
     else:
         found = _slot_iterations.backward(_CPU, *grads, states, *wide, *args)
     return [found[0].to(inputs.dtype), *found[1:]]
@@ -269,10 +278,9 @@ def _cuda_iterations(call: SlotCall, workspace: torch.Tensor, cluster: int = 0) 
     rows = [None if w is None else (w.T if w is weights.k_weight else w).contiguous() for w in flat(weights)]
     slots = call.slots.float().contiguous()
     token_mask = None if call.token_mask is None else call.token_mask[:, 0].float().contiguous()
-    kept = options.iters if options.grad_mode == "full" else 1
     map_shape = (*slots.shape[:2], call.inputs.shape[1])
     dots, attn = (slots.new_empty(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
-    results = torch.empty_like(slots), slots.new_empty(kept, *slots.shape), dots, attn
+    results = torch.empty_like(slots), slots.new_empty(options.kept, *slots.shape), dots, attn
     _native.C.slot_iterations_forward_cuda(
         *_native_views(call.inputs, slots), _native_views(slots, *rows)[1:],
         *_native_views(slots, token_mask, _open_slots(call.slot_mask))[1:], *_native_views(*results, workspace),
@@ -305,11 +313,10 @@ def _cuda_steps(call: SlotCall) -> tuple[torch.Tensor, ...]:
     options = call.options
     views, rest = _steps_call(call)
     slots = call.slots.contiguous()
-    kept = options.iters if options.grad_mode == "full" else 1
     map_shape = (*slots.shape[:2], call.inputs.shape[1])
     floats = functools.partial(slots.new_empty, dtype=torch.float32)
     dots, attn = (floats(map_shape if asked else 0) for asked in (options.with_dots, options.with_attn))
-    out, states = torch.empty_like(slots), floats((kept, *slots.shape))
+    out, states = torch.empty_like(slots), floats((options.kept, *slots.shape))
     tensors = _native_views(states, slots, out, dots, attn)
     _native.C.slot_steps_forward_cuda(*views, *tensors, options.iters, *rest)
     return out, dots, attn, states

@@ -83,6 +83,12 @@ class SlotOptions(NamedTuple):
     with_dots: bool
     with_attn: bool
     mask_grad: bool  # whether the backward gives the gradient of the token mask
+    recorded: bool = False  # whether a backward may follow, for which a backend may keep more than the slots
+
+    @property
+    def kept(self) -> int:
+        """Iterations that are differentiated, the last ones."""
+        return self.iters if self.grad_mode == "full" else 1
 
     @property
     def eps_add(self) -> float:
@@ -111,3 +117,18 @@ class SlotCall(NamedTuple):
         weights, (token_mask, slot_mask, *options) = rest[: len(NAMES)], rest[len(NAMES) :]
         params = SlotParams(**dict(zip(NAMES, weights, strict=True)))  # type: ignore[arg-type]
         return cls(inputs, slots, params, token_mask, slot_mask, SlotOptions(*options))  # type: ignore[arg-type]
+
+
+def record_size(call: SlotCall) -> int:
+    """Elements of what native CPU code keeps for the backward beside the slots: the statistics of the tokens and, of
+    iterations that are differentiated, the rows of slots that products made. None for calls that it does not take."""
+    p, options = call.params, call.options
+    if not options.recorded or options.mask_grad or options.heads > 1:
+        return 0
+    if p.mlp_weight1 is not None and options.activation != "relu":
+        return 0
+    (batch, tokens, channels), (_, slots, width) = call.inputs.shape, call.slots.shape
+    row = 3 + p.q_weight.shape[0] + 2 * channels + p.v_weight.shape[0]
+    row += 0 if p.merge_weight is None else p.merge_weight.shape[0]
+    row += 0 if p.gru_weight_ih is None else 6 * width
+    return 2 * batch * tokens + options.kept * batch * slots * row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -18,7 +19,7 @@ from vidops.ops._slot_backends import (
     triton_backward,
     triton_forward,
 )
-from vidops.ops._slot_params import NAMES, REQUIRED, SlotOptions, SlotParams, flat
+from vidops.ops._slot_params import NAMES, REQUIRED, SlotCall, SlotOptions, SlotParams, flat, record_size
 from vidops.reference.slot_attention import slot_attention as reference
 
 
@@ -114,7 +115,8 @@ def slot_attention(
         w_ij = (a_ij + eps) m_ij / (sum_j (a_ij + eps) m_ij + extra_denominator)
         u_i = sum_j w_ij V_j;  s <- GRU(u, s) or s + u;  s <- s + W_2 act(W_1 LN(s))
 
-    No map of slots x tokens is stored for the backward, only the slots entering each differentiated iteration.
+    No map of slots x tokens is stored for the backward, only the slots entering each differentiated iteration and, on
+    the CPU, for one head, rows of slots that products made in it.
     Projections of the tokens are folded into the slot side (``q . W_k x = W_k^T q . x``) where that takes fewer
     multiply-adds: ``R S Din (2 heads N + Hq + Hv)`` an item for R iterations, against
     ``N (Hq + Hv) (Din + R S)`` for projecting the tokens once. Results then differ by rounding.
@@ -196,9 +198,11 @@ def slot_attention(
     if scale is None:
         options = options._replace(scale=_checks.scale(None, params.q_weight.shape[0] // options.heads))
     weights = flat(params)
+    trained = any(t is not None and t.requires_grad for t in (inputs, slots, *weights, token_mask))
+    options = options._replace(recorded=trained and torch.is_grad_enabled())
     masks = (token_mask,) if token_mask is not None and options.mask_grad else ()
     name = resolve(OP, backend, inputs, slots, *(w for w in weights if w is not None), *masks)
-    out, dots, attn, _ = OP.call(inputs, slots, *weights, token_mask, slot_mask, *options, name)
+    out, dots, attn, *_ = OP.call(inputs, slots, *weights, token_mask, slot_mask, *options, name)
     results = (out, *((dots,) if options.with_dots else ()), *((attn,) if options.with_attn else ()))
     return results if len(results) > 1 else out
 
@@ -355,22 +359,32 @@ def _shapes(params: SlotParams, din: int, d: int) -> dict[str, tuple[tuple[int, 
     }
 
 
-def _fake(inputs: Any, slots: Any, *args: Any) -> tuple[Any, Any, Any, Any]:
-    options = SlotOptions(*args[len(NAMES) + 2 : -1])
+def _differentiable(call: SlotCall, make: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """What `make` makes of the shapes and dtypes of slots, dots and attn."""
+    slots, options = call.slots, call.options
+    (batch, count, _), tokens = slots.shape, call.inputs.shape[1]
     acc = _checks.accumulation_dtype(slots.dtype)
-    (batch, count, _), tokens = slots.shape, inputs.shape[1]
     dots = (batch, count, tokens) if options.heads == 1 else (batch, options.heads, count, tokens)
-    states = options.iters if options.grad_mode == "full" else 1
+    attn = (batch, count, tokens)
     return (
-        slots.new_empty(slots.shape),
-        slots.new_empty(dots if options.with_dots else (0,), dtype=acc),
-        slots.new_empty((batch, count, tokens) if options.with_attn else (0,), dtype=acc),
-        slots.new_empty((states, *slots.shape), dtype=acc),
+        make(slots.shape, dtype=slots.dtype),
+        make(dots if options.with_dots else (0,), dtype=acc),
+        make(attn if options.with_attn else (0,), dtype=acc),
+    )
+
+
+def _fake(inputs: Any, slots: Any, *args: Any) -> tuple[Any, ...]:
+    call = SlotCall.of(inputs, slots, *args[:-1])
+    acc = _checks.accumulation_dtype(slots.dtype)
+    return (
+        *_differentiable(call, slots.new_empty),
+        slots.new_empty((call.options.kept, *slots.shape), dtype=acc),
+        slots.new_empty(record_size(call) if args[-1] == "cpu" else 0, dtype=acc),
     )
 
 
 def _fake_backward(
-    grad_slots: Any, grad_dots: Any, grad_attn: Any, states: Any, inputs: Any, slots: Any, *args: Any
+    grad_slots: Any, grad_dots: Any, grad_attn: Any, states: Any, record: Any, inputs: Any, slots: Any, *args: Any
 ) -> list[Any]:
     present = [weight for weight in args[: len(NAMES)] if weight is not None]
     if SlotOptions(*args[len(NAMES) + 2 : -1]).mask_grad:
@@ -383,18 +397,20 @@ _TENSORS = 2 + len(NAMES) + 2  # inputs, slots, weights, masks
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.scalars = inputs[_TENSORS:]
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(output[3], *inputs[:_TENSORS])
+    ctx.set_materialize_grads(False)  # nor zeros for what is not differentiable, the record above all
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*output[3:], *inputs[:_TENSORS])
 
 
-def _gradient(ctx: Any, grad_slots: Any, grad_dots: Any, grad_attn: Any, grad_states: Any) -> Any:
-    states, *tensors = ctx.saved_tensors
-    grads = torch.ops.vidops.slot_attention_backward(
-        grad_slots, grad_dots, grad_attn, states, *tensors, *ctx.scalars
-    )
-    found = iter(grads)
-    of_weights = [None if t is None else next(found) for t in tensors[:-2]]
-    return *of_weights, next(found, None), None, *(None for _ in ctx.scalars)
+def _gradient(ctx: Any, *grads: Any) -> Any:
+    states, record, *tensors = ctx.saved_tensors
+    call = SlotCall.of(*tensors, *ctx.scalars[:-1])
+    zeros = _differentiable(call, tensors[1].new_zeros) if any(g is None for g in grads[:3]) else grads[:3]
+    given = (zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=False))
+    found = torch.ops.vidops.slot_attention_backward(*given, states, record, *tensors, *ctx.scalars)
+    following = iter(found)
+    of_weights = [None if t is None else next(following) for t in tensors[:-2]]
+    return *of_weights, next(following, None), None, *(None for _ in ctx.scalars)
 
 
 _ARGUMENTS = (
@@ -402,25 +418,44 @@ _ARGUMENTS = (
     + ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in NAMES)
     + ", Tensor? token_mask, Tensor? slot_mask, int iters, int heads, float scale, bool joint_heads, int groups,"
     " float eps, bool eps_in_denominator, float extra_denominator, float ln_eps, str activation, str grad_mode,"
-    " bool with_dots, bool with_attn, bool mask_grad, str backend"
+    " bool with_dots, bool with_attn, bool mask_grad, bool recorded, str backend"
 )
+
+
+def _recomputing(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], refuses: Callable[..., str | None]
+) -> Impl:
+    """A backend that records nothing: its backward computes again what it needs."""
+
+    def with_record(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = forward(*args)
+        return *results, results[3].new_empty(0)
+
+    def without_record(*args: Any) -> list[torch.Tensor]:
+        return backward(*args[:4], *args[5:])
+
+    return Impl(name, with_record, without_record, refuses)
+
 
 OP = Op(
     "slot_attention",
-    schema=f"({_ARGUMENTS}) -> (Tensor slots, Tensor dots, Tensor attn, Tensor states)",
+    schema=f"({_ARGUMENTS}) -> (Tensor slots, Tensor dots, Tensor attn, Tensor states, Tensor record)",
     fake=_fake,
     # Weights are widened by the hub; a cast of the inputs would only copy them.
     autocast_fp32=False,
     backward=Backward(
-        schema=f"(Tensor grad_slots, Tensor grad_dots, Tensor grad_attn, Tensor states, {_ARGUMENTS}) -> Tensor[]",
+        schema="(Tensor grad_slots, Tensor grad_dots, Tensor grad_attn, Tensor states, Tensor record, "
+        f"{_ARGUMENTS}) -> Tensor[]",
         fake=_fake_backward,
         setup_context=_setup_context,
         gradient=_gradient,
     ),
     impls=(
-        Impl("reference", reference, partial(_slot_iterations.backward, REFERENCE), _backends.reference_refuses),
+        _recomputing(
+            "reference", reference, partial(_slot_iterations.backward, REFERENCE), _backends.reference_refuses
+        ),
         Impl("cpu", cpu_forward, cpu_backward, _backends.cpu_refuses),
-        Impl("triton", triton_forward, triton_backward, _backends.triton_refuses),
-        Impl("cuda", cuda_forward, cuda_backward, _backends.cuda_refuses),
+        _recomputing("triton", triton_forward, triton_backward, _backends.triton_refuses),
+        _recomputing("cuda", cuda_forward, cuda_backward, _backends.cuda_refuses),
     ),
 )

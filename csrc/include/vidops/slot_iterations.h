@@ -31,6 +31,9 @@ struct SlotIterationsParams {
   SlotWeights weights;
   TensorView token_mask, slot_mask;  // (B,G,N) factors of the weights; (B,S) i32, not 0 shuts a slot out; or absent
   TensorView states;                 // slots entering the last K iterations; contiguous
+  // What the backward would else compute again of those iterations: slot_record_size elements in one row; or absent.
+  TensorView record;
+  int64_t items = 0, first_item = 0;  // which items of the record these are, of how many; 0: all
   int64_t groups = 1;
   double scale = 1.0;        // of the dots
   double eps = 0.0;          // added to the softmax before the mask
@@ -38,7 +41,7 @@ struct SlotIterationsParams {
   double ln_eps = 1e-5;
 };
 
-struct SlotIterationsForwardParams : SlotIterationsParams {  // states is a result
+struct SlotIterationsForwardParams : SlotIterationsParams {  // states and record are results
   TensorView slots, out;  // (B,S,D); contiguous
   TensorView dots, attn;  // of the last iteration; contiguous; absent when not wanted
   int64_t iters = 1;
@@ -55,6 +58,9 @@ struct SlotIterationsBackwardParams : SlotIterationsParams {
 // The result does not depend on the number of threads.
 void slot_iterations_forward_cpu(const SlotIterationsForwardParams& params, int threads);
 void slot_iterations_backward_cpu(const SlotIterationsBackwardParams& params, int threads);
+
+// Elements of `record`, given inputs, weights and states.
+int64_t slot_record_size(const SlotIterationsParams& params);
 
 // Frees what the calling thread keeps for its next call: at most 16 MiB.
 void slot_iterations_release_cpu();
