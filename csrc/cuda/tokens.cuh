@@ -25,17 +25,18 @@ VIDOPS_DEVICE double warp_sum(double v) {
 template <class Storage, class Use>
 VIDOPS_DEVICE double row_sum(const typename Storage::Element* x, int width, bool whole, Use use) {
   double part[2] = {};
-  if (whole) {
-    VIDOPS_UNROLL_BY(4)
-    for (int quad = lane_id(); quad < width / 4; quad += kWarp) {
-      const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
-      VIDOPS_UNROLL
-      for (int e = 0; e < 4; ++e) part[e & 1] += use(v.v[e]);
+  if constexpr (sizeof(typename Storage::Element) < sizeof(double))
+    if (whole) {
+      VIDOPS_UNROLL_BY(4)
+      for (int quad = lane_id(); quad < width / 4; quad += kWarp) {
+        const FloatQuad v = load_quad<Storage>(reinterpret_cast<const char*>(x), quad);
+        VIDOPS_UNROLL
+        for (int e = 0; e < 4; ++e) part[e & 1] += use(v.v[e]);
+      }
+      return warp_sum(part[0] + part[1]);
     }
-  } else {
-    for (int c = lane_id(); c < width; c += kWarp) part[0] += use(Storage::value(x[c]));
-  }
-  return warp_sum(part[0] + part[1]);
+  for (int c = lane_id(); c < width; c += kWarp) part[0] += use(Storage::value(x[c]));
+  return warp_sum(part[0]);
 }
 
 // One warp: unit = x / |x|, zeros for zeros, NaN where an element is not finite. No square of a float over- or
@@ -47,8 +48,12 @@ VIDOPS_DEVICE void unit_row(const typename Storage::Element* x, int width, bool 
   const bool usual = rounded > 1e-37f && rounded < 1e37f;
   for (int c = lane_id(); c < width; c += kWarp) {
     const float v = Storage::value(x[c]);
-    const float far = norm == 0 ? 0.0f : (float)((double)v / norm);
-    unit[c] = usual ? v / rounded : finite(v) && norm - norm == 0 ? far : bits_float(0x7fc00000u);
+    float scaled = v / rounded;
+    if (!usual) {  // a branch: the division of doubles is long
+      scaled = norm == 0 ? 0.0f : (float)((double)v / norm);
+      if (!(finite(v) && norm - norm == 0)) scaled = bits_float(0x7fc00000u);
+    }
+    unit[c] = scaled;
   }
 }
 
@@ -57,6 +62,11 @@ VIDOPS_DEVICE u32 sorting_bits(float v) {
   if (v != v) return 0xffffffffu;
   const u32 bits = float_bits(v + 0.0f);  // the negative zero is no other number
   return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+VIDOPS_DEVICE u64 sorting_bits(double v) {
+  if (v != v) return ~u64{0};
+  const u64 bits = double_bits(v + 0.0);
+  return bits >> 63 ? ~bits : bits | u64{1} << 63;
 }
 VIDOPS_DEVICE u64 sorting_key(float v, int index) { return (u64)sorting_bits(v) << 32 | (u32)index; }
 

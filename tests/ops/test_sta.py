@@ -78,7 +78,6 @@ def literal(x, metric, frames, r, reverse, pruned):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("reverse,pruned", [(False, False), (True, False), (False, True)])
 def test_against_the_sheet(size, dtype, reverse, pruned, backend):
-    skip_dtype(backend, dtype)
     frames, tokens, *_, r = size
     x, metric = inputs(size, dtype, backend)
     found = vidops.sta_prune(x, metric, frames, r, reverse, first_frame_pruned=pruned, backend=backend)

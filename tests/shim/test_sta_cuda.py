@@ -13,8 +13,12 @@ from vidops.ops import sta_score as hub
 # Where every schedule would be slow.
 FEW = pytest.mark.parametrize("seed", [0, 101], ids=lambda seed: f"seed{seed}")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Groups, tokens, channels, channels of keys, dropped: one token; less than a warp; odd sizes; several tiles and teams.
-SIZES = [(1, 1, 1, 1, 0), (3, 2, 4, 3, 1), (2, 7, 5, 2, 3), (4, 33, 24, 16, 12), (2, 70, 6, 33, 69), (3, 257, 8, 5, 40)]
+# Groups, tokens, channels, channels of keys, dropped: one token; less than a warp; odd sizes; several tiles and teams;
+# more than are counted, but in a group or in the first one as well.
+SIZES = [
+    *((1, 1, 1, 1, 0), (3, 2, 4, 3, 1), (2, 7, 5, 2, 3), (4, 33, 24, 16, 12), (2, 70, 6, 33, 69), (3, 257, 8, 5, 40)),
+    *((3, 330, 8, 5, 40), (2, 650, 4, 3, 100)),
+]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -24,11 +28,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def check(x: torch.Tensor, metric: torch.Tensor, frames: int, r: int, **options: bool) -> None:
     got = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
     want = vidops.sta_score(x, metric, frames, r, backend="reference", **options)
+    limit = 1e-12 if x.dtype == torch.float64 else 1e-6
     for name, a, b in zip(got._fields, got, want, strict=True):
         if a.dtype == torch.int64:
             assert torch.equal(a, b), name
         else:
-            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True), name
+            assert torch.allclose(a, b, rtol=limit, atol=limit, equal_nan=True), name
 
 
 @FEW
@@ -41,13 +46,39 @@ def test_sta_score(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
     check(x, metric, frames, r, reverse=True, first_frame_pruned=True)
 
 
+@FEW
+@pytest.mark.parametrize("size", SIZES[4:], ids=str)
+def test_a_clip_of_several_blocks(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
+    """One clip has the multiprocessors of the shim to itself, and the bits that it has beside another."""
+    shim.set_seed(seed)
+    frames, tokens, channels, width, r = size
+    x, metric = normal(2, frames * tokens, channels), normal(2, frames * tokens, width, seed=1)
+    for options in ({}, {"reverse": True, "first_frame_pruned": True}):
+        check(x[1:], metric[1:], frames, r, **options)
+        both = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
+        alone = vidops.sta_score(x[1:], metric[1:], frames, r, backend="cuda", **options)
+        assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+
+
+@FEW
+@pytest.mark.parametrize("size", SIZES[2:7], ids=str)
+def test_doubles(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
+    """Keys whose squares are out of range, too."""
+    shim.set_seed(seed)
+    frames, tokens, channels, width, r = size
+    for batch, far in ((2, 1.0), (1, 1e200), (1, 1e-200)):
+        x = normal(batch, frames * tokens, channels, dtype=torch.float64)
+        metric = far * normal(batch, frames * tokens, width, seed=1, dtype=torch.float64)
+        check(x, metric, frames, r, reverse=batch == 1, first_frame_pruned=batch == 1)
+
+
 def test_every_schedule(seeded: ModuleType) -> None:
     """Fewer tokens than threads, and more than a warp of them."""
     x, metric = normal(1, 3 * 35, 8), normal(1, 3 * 35, 6, seed=1)
     check(x, metric, 3, 9, reverse=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes_and_strides(shim: ModuleType, dtype: torch.dtype) -> None:
     shim.set_seed(0)
     wide = normal(2, 40, 24, dtype=dtype)
@@ -57,10 +88,11 @@ def test_dtypes_and_strides(shim: ModuleType, dtype: torch.dtype) -> None:
     check(turned[..., 4:], turned[..., :4], 4, 3)
 
 
-def test_ties_extremes_and_what_is_not_finite(shim: ModuleType) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_extremes_and_what_is_not_finite(shim: ModuleType, dtype: torch.dtype) -> None:
     shim.set_seed(101)
-    repeated = normal(1, 3, 4, 5, seed=2).repeat(1, 1, 3, 1).flatten(1, 2)
-    tokens = normal(1, 3, 4, 6, seed=3).repeat(1, 1, 3, 1).flatten(1, 2)
+    repeated = normal(1, 3, 4, 5, seed=2, dtype=dtype).repeat(1, 1, 3, 1).flatten(1, 2)
+    tokens = normal(1, 3, 4, 6, seed=3, dtype=dtype).repeat(1, 1, 3, 1).flatten(1, 2)
     zero_key = repeated.clone()
     zero_key[:, 5:7] = 0
     for keys in (repeated, zero_key, torch.zeros_like(repeated), repeated * 1e30, repeated * 1e-38):
@@ -134,6 +166,9 @@ def test_groups_that_no_block_sorts_are_refused(shim: ModuleType) -> None:
     tokens = hub.MAX_TOKENS + 1
     with pytest.raises(vidops.BackendError, match="a block sorts at most"):
         vidops.sta_score(normal(1, tokens, 1), normal(1, tokens, 1), 1, 0, backend="cuda")
+    doubles = normal(1, hub.MAX_DOUBLES + 1, 1, dtype=torch.float64)
+    with pytest.raises(vidops.BackendError, match="a block sorts at most"):
+        vidops.sta_score(doubles, doubles, 1, 0, backend="cuda")
     with pytest.raises(vidops.BackendError, match="are sorted in a block"):
         vidops.bipartite_match(normal(1, 2 * tokens, 1), backend="cuda")
 
@@ -152,5 +187,7 @@ def test_the_largest_group_fits_the_least_shared_memory(shim: ModuleType) -> Non
         order = found.first_similarity[0].sort(stable=True).indices
         assert torch.equal(found.first_order[0, tokens // 2 :], 2 * order)
         assert torch.equal(found.keep[0, 0], found.first_order[0, :-5])
+        tokens = hub.MAX_DOUBLES
+        check(normal(1, tokens, 2, dtype=torch.float64), normal(1, tokens, 8, seed=1, dtype=torch.float64), 1, 5)
     finally:
         shim.set_shared_limit(227 * 1024)
