@@ -153,6 +153,7 @@ struct Kernels {
   T (*row_max)(const T* x, int64_t n);
   int64_t (*next_not_below)(const T* x, int64_t from, int64_t n, T limit);  // first i >= from where not x < limit, or n
   T (*exp_sum)(T* x, int64_t n, T shift);  // x = exp(x - shift), returns the sum
+  T (*exp_cosines)(T* x, int64_t n);       // the same of numbers from -2 to 2, not shifted
   // y = log(max(x, floor)), floor >= smallest normal; returns the smallest x
   T (*log_row)(const T* x, T* y, int64_t n, T floor);
   void (*scaled_copy)(T a, const T* x, T* y, int64_t n);  // y = a x

@@ -208,6 +208,26 @@ VIDOPS_INLINE VF exp_vector(VF x) {
 #endif
 }
 
+// The same of numbers from -2 to 2: ln2 in one part, and a polynomial that is best on |r| <= ln2/2 (3e-9).
+VIDOPS_INLINE VF exp_near_zero(VF x) {
+  const VF magic = splat(12582912.0f);
+  const VF biased = x * splat(1.44269504088896341f) + magic;
+  const VF n = biased - magic;
+  const VF r = x - n * splat(0.69314718056f);
+  VF p = splat(1.38131401e-3f);
+  p = p * r + splat(8.36941972e-3f);
+  p = p * r + splat(4.16684560e-2f);
+  p = p * r + splat(1.66665152e-1f);
+  p = p * r + splat(4.99999940e-1f);
+  p = p * r * r + r + splat(1.0f);
+#if defined(VIDOPS_HAS_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  const VI exponent = reinterpret_cast<VI>(biased) - reinterpret_cast<VI>(magic) + 127;
+  return p * reinterpret_cast<VF>(exponent << 23);
+#endif
+}
+
 VIDOPS_INLINE VF log_vector(VF x) {
   const VI bits = reinterpret_cast<VI>(x);
   const VI shifted = bits - 0x3f3504f3;  // sqrt(1/2): the mantissa lands in [sqrt(1/2), sqrt(2))
@@ -230,15 +250,16 @@ VIDOPS_INLINE VF log_vector(VF x) {
   return x == x ? result : x;
 }
 
-float exp_sum(float* x, int64_t n, float shift) {
+// x = exp(x) and the sum of it.
+template <class Exp>
+VIDOPS_INLINE float exponentials(float* x, int64_t n, Exp exp) {
   constexpr int W = Lanes<float>::W;
-  const VF s = splat(shift);
   VF sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const VF e = exp_vector(load(x + i + u * W) - s);
+      const VF e = exp(load(x + i + u * W));
       store(x + i + u * W, e);
       sum[u] += e;
     }
@@ -246,13 +267,13 @@ float exp_sum(float* x, int64_t n, float shift) {
     const int64_t left = n - i < W ? n - i : W;
 #if defined(VIDOPS_HAS_AVX512)
     const __mmask16 lanes = static_cast<__mmask16>((1u << left) - 1);
-    const __m512 e = exp_vector(_mm512_maskz_loadu_ps(lanes, x + i) - s);
+    const __m512 e = exp(_mm512_maskz_loadu_ps(lanes, x + i));
     _mm512_mask_storeu_ps(x + i, lanes, e);
     sum[0] += _mm512_maskz_mov_ps(lanes, e);
 #else
     float part[W] = {};
     for (int64_t l = 0; l < left; ++l) part[l] = x[i + l];
-    store(part, exp_vector(load(part) - s));
+    store(part, exp(load(part)));
     for (int64_t l = 0; l < left; ++l) x[i + l] = part[l];
     for (int64_t l = left; l < W; ++l) part[l] = 0;
     sum[0] += load(part);
@@ -261,11 +282,21 @@ float exp_sum(float* x, int64_t n, float shift) {
   return lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+float exp_sum(float* x, int64_t n, float shift) {
+  const VF s = splat(shift);
+  return exponentials(x, n, [s](VF v) __attribute__((always_inline)) { return exp_vector(v - s); });
+}
+float exp_cosines(float* x, int64_t n) {
+  return exponentials(x, n, [](VF v) __attribute__((always_inline)) { return exp_near_zero(v); });
+}
+
 double exp_sum(double* x, int64_t n, double shift) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i] = __builtin_exp(x[i] - shift);
   return sum;
 }
+
+double exp_cosines(double* x, int64_t n) { return exp_sum(x, n, 0.0); }
 
 float log_row(const float* x, float* y, int64_t n, float floor) {
   constexpr int W = Lanes<float>::W;
@@ -717,6 +748,7 @@ constexpr Kernels<T> make_table() {
           row_max<T>,
           next_not_below<T>,
           exp_sum,
+          exp_cosines,
           log_row,
           scaled_copy<T>,
           axpy<T>,

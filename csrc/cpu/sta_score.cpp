@@ -154,7 +154,7 @@ class Clip {
     run_columns<T>(g, 1, tokens_, depth_, left.get(), right_.get(), cosine.get(), columns_);
     for (int64_t k = 0; k < count; ++k) {
       T* row = cosine.get() + k * columns_;
-      const T spread_over = kn_.exp_sum(row, tokens_, T(0));  // cosines: no maximum need be taken off
+      const T spread_over = kn_.exp_cosines(row, tokens_);  // no maximum need be taken off
       const T weight = T(weight_[from + k] / double(spread_over));
       // Whole vectors, padding included: a tail of scalars could round otherwise than the vectors before it.
       if (k % kShort == 0)
