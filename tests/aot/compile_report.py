@@ -133,6 +133,7 @@ SLOTS = {
     "clip": Slots(256, 196, 768, 8),
     "many": Slots(8, 65536, 256, 64),
     "widest": Slots(8, 1024, 1024, 64),
+    "masked": Slots(8, 1024, 64, 48, groups=2, projected=64, slot_mask=True),
 }
 
 
@@ -302,7 +303,7 @@ def report(case: str, launch: _common.Launch, arch: int) -> dict[str, Any]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
