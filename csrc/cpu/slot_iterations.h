@@ -85,8 +85,7 @@ class Scratch {
 template <class T>
 class SlotRecord {
  public:
-  SlotRecord() = default;
-  // Of `count` items from `first` on of a record of `items`.
+  // For the items from `first` on, of a record of `items`.
   SlotRecord(T* base, int64_t kept, int64_t items, int64_t first, int64_t slots)
       : next_(base), items_(items), first_(first), slots_(slots), kept_(kept) {}
 
@@ -96,8 +95,8 @@ class SlotRecord {
   int64_t pitch(int64_t width) const { return items_ * slots_ * width; }
 
  private:
-  T* next_ = nullptr;
-  int64_t items_ = 0, first_ = 0, slots_ = 0, kept_ = 0;
+  T* next_;
+  int64_t items_, first_, slots_, kept_;
 };
 
 // What the rows of slots are multiplied by, (out, in), or (in, out) if not `turned`.
