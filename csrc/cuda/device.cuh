@@ -102,6 +102,8 @@ VIDOPS_DEVICE int lowest_bit(u32 v) VIDOPS_BODY(return __builtin_ctz(v);, return
 VIDOPS_DEVICE int lowest_bit(u64 v) VIDOPS_BODY(return __builtin_ctzll(v);, return __ffsll((i64)v) - 1;)
 VIDOPS_DEVICE u32 float_bits(float v) VIDOPS_BODY(u32 b; memcpy(&b, &v, 4); return b;, return __float_as_uint(v);)
 VIDOPS_DEVICE float bits_float(u32 b) VIDOPS_BODY(float v; memcpy(&v, &b, 4); return v;, return __uint_as_float(b);)
+VIDOPS_DEVICE u64 double_bits(double v)
+    VIDOPS_BODY(u64 b; memcpy(&b, &v, 8); return b;, return (u64)__double_as_longlong(v);)
 // 2^exponent for |exponent| <= 126.
 VIDOPS_DEVICE float power_of_two(int exponent) { return bits_float((u32)(127 + exponent) << 23); }
 VIDOPS_DEVICE u32 multiply_high(u32 a, u32 b) VIDOPS_BODY(return (u32)((u64)a * b >> 32);, return __umulhi(a, b);)
@@ -123,13 +125,24 @@ VIDOPS_DEVICE float multiply_add(float a, float b, float c)
     VIDOPS_BODY(return __builtin_fmaf(a, b, c);, return __fmaf_rn(a, b, c);)
 VIDOPS_DEVICE double multiply_add(double a, double b, double c)
     VIDOPS_BODY(return __builtin_fma(a, b, c);, return __fma_rn(a, b, c);)
+// count + (a < b) in two instructions: left to itself the compiler selects, which takes three.
+VIDOPS_DEVICE u32 count_if_less(u32 count, u32 a, u32 b)
+    VIDOPS_BODY(return count + (a < b);,
+                asm("{.reg .pred p; setp.lt.u32 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(count) : "r"(a), "r"(b));
+                return count;)
+VIDOPS_DEVICE u32 count_if_less(u32 count, u64 a, u64 b)
+    VIDOPS_BODY(return count + (a < b);,
+                asm("{.reg .pred p; setp.lt.u64 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(count) : "l"(a), "l"(b));
+                return count;)
 // The same value, unknown to the compiler: what depends on it is computed where it is used and not kept in registers.
 VIDOPS_DEVICE int opaque(int v) VIDOPS_BODY(return v;, asm volatile("" : "+r"(v)); return v;)
 // Of the negative zero too: its bits are compared as an integer's.
 VIDOPS_DEVICE float magnitude(float v) { return bits_float(float_bits(v) & 0x7fffffffu); }
+VIDOPS_DEVICE double magnitude(double v) VIDOPS_BODY(return __builtin_fabs(v);, return ::fabs(v);)
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.
 VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+VIDOPS_DEVICE double larger(double a, double b) { return a > b || a != a ? a : b; }
 // The number if one of the two is NaN.
 VIDOPS_DEVICE float larger_number(float a, float b) VIDOPS_BODY(return ::fmaxf(a, b);, return ::fmaxf(a, b);)
 

@@ -81,11 +81,6 @@ VIDOPS_KERNEL(kGatherThreads) scatter_tokens_lists(ScatterArgs a) {
 
 namespace {
 
-struct DoubleStorage {
-  using Element = double;
-  static VIDOPS_DEVICE double value(double v) { return v; }
-};
-
 // One warp per place: rows are added in their order.
 template <class Storage, class Sum, class Write>
 VIDOPS_DEVICE void scatter(const ScatterArgs& a, Write write_value) {

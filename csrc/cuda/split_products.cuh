@@ -25,6 +25,11 @@ struct HalfStorage {
   static constexpr bool kShort = true;
   static VIDOPS_DEVICE float value(u16 v) { return half_to_float(v); }
 };
+// Never four channels at a time.
+struct DoubleStorage {
+  using Element = double;
+  static VIDOPS_DEVICE double value(double v) { return v; }
+};
 struct BfloatStorage {
   using Element = u16;
   using Quad = WordQuad;

@@ -8,12 +8,13 @@ namespace vidops::cuda {
 
 inline bool holds_storage(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
-// Rows (items, tokens, width), whose last axis is contiguous.
-inline TokenRows token_rows(const char* op, const char* name, const TensorView& v) {
-  require(holds_storage(v.dtype), std::string(op) + ": " + name + " has an unsupported dtype");
+// Rows (items, tokens, width), whose last axis is contiguous; doubles where they are allowed.
+inline TokenRows token_rows(const char* op, const char* name, const TensorView& v, bool f64 = false) {
+  require(holds_storage(v.dtype) || (f64 && v.dtype == DType::f64),
+          std::string(op) + ": " + name + " has an unsupported dtype");
   require(v.rank == 3 && v.shape[1] > 0 && v.shape[2] > 0, std::string(op) + ": " + name + " has the axes (B,N,D)");
   TokenRows rows{};
-  const int64_t size = v.dtype == DType::f32 ? 4 : 2;
+  const int64_t size = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
   rows.data = v.data;
   // Strides of an axis of one element may be anything.
   rows.item = v.shape[0] > 1 ? v.stride[0] : 0, rows.row = v.shape[1] > 1 ? v.stride[1] : 0;

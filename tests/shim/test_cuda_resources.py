@@ -84,10 +84,10 @@ REGISTER_LIMIT = {
     **{f"slot_product_{form}_64": 255 for form in ("nt", "nn", "tn")},  # two
     **{f"slot_token_grad_{kind}": 64 for kind in ("f32", "f16", "bf16")},
     "slot_unfold": 40,
-    **{f"sta_look_{kind}": 64 for kind in ("f32", "f16", "bf16")},
-    **{f"sta_match_{kind}": 64 for kind in ("f32", "f16", "bf16")},
-    "sta_scan": 64,
-    "sta_spread": 64,  # four blocks of 256 threads per multiprocessor
+    **{f"sta_look_{kind}": 64 for kind in ("f32", "f16", "bf16", "f64")},
+    **{f"sta_scan_{kind}": 128 for kind in ("f32", "f64")},  # 512 threads
+    "sta_spread_f32": 96,  # five blocks of 128 threads per multiprocessor
+    "sta_spread_f64": 168,  # three
     "symmetric_kl_adjacency_centre": 40,
     "symmetric_kl_adjacency_columns": 40,
     "symmetric_kl_adjacency_filter": 255,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -13,8 +14,12 @@ from vidops.ops import sta_score as hub
 # Where every schedule would be slow.
 FEW = pytest.mark.parametrize("seed", [0, 101], ids=lambda seed: f"seed{seed}")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Groups, tokens, channels, channels of keys, dropped: one token; less than a warp; odd sizes; several tiles and teams.
-SIZES = [(1, 1, 1, 1, 0), (3, 2, 4, 3, 1), (2, 7, 5, 2, 3), (4, 33, 24, 16, 12), (2, 70, 6, 33, 69), (3, 257, 8, 5, 40)]
+# Groups, tokens, channels, channels of keys, dropped: one token; less than a warp; odd sizes; several tiles and teams;
+# more than are counted, but in a group or in the first one as well.
+SIZES = [
+    *((1, 1, 1, 1, 0), (3, 2, 4, 3, 1), (2, 7, 5, 2, 3), (4, 33, 24, 16, 12), (2, 70, 6, 33, 69), (3, 257, 8, 5, 40)),
+    *((3, 330, 8, 5, 40), (2, 650, 4, 3, 100)),
+]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -24,11 +29,21 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def check(x: torch.Tensor, metric: torch.Tensor, frames: int, r: int, **options: bool) -> None:
     got = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
     want = vidops.sta_score(x, metric, frames, r, backend="reference", **options)
+    limit = 1e-12 if x.dtype == torch.float64 else 1e-6
+    if x.dtype == torch.float64:
+        first = frames - 1 if options.get("reverse") else 0
+        # In doubles the products of the reference may not tie where keys are equal.
+        tokens = x.shape[1] // frames
+        order = got.first_similarity.sort(dim=1, stable=True).indices
+        odd = torch.arange(1, tokens, 2).expand(len(x), -1)
+        assert torch.equal(got.first_order, torch.cat([odd, 2 * order], 1))
+        assert torch.equal(got.keep[:, first], got.first_order[:, : tokens - r])
+        got.keep[:, first], want = want.keep[:, first], want._replace(first_order=got.first_order)
     for name, a, b in zip(got._fields, got, want, strict=True):
         if a.dtype == torch.int64:
             assert torch.equal(a, b), name
         else:
-            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True), name
+            assert torch.allclose(a, b, rtol=limit, atol=limit, equal_nan=True), name
 
 
 @FEW
@@ -41,13 +56,102 @@ def test_sta_score(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
     check(x, metric, frames, r, reverse=True, first_frame_pruned=True)
 
 
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """What a kernel reads before it was written is no remainder of an earlier call: it is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2, 8, 132], ids=lambda count: f"{count}sm")
+def multiprocessors(shim: ModuleType, request: pytest.FixtureRequest) -> Iterator[int]:
+    """They decide into how many blocks a clip is cut: as many, for one clip, up to eight, if it has the tokens."""
+    shim.set_multiprocessors(request.param)
+    yield request.param
+    shim.set_multiprocessors(2)
+
+
+@FEW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES[4:], ids=str)
+def test_a_clip_of_several_blocks(
+    shim: ModuleType, multiprocessors: int, size: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
+    """The bits of a clip depend neither on how many blocks it has nor on what else is in the batch."""
+    shim.set_seed(seed)
+    frames, tokens, channels, width, r = size
+    x, metric = (normal(2, frames * tokens, n, seed=n, dtype=dtype) for n in (channels, width))
+    for options in ({}, {"reverse": True, "first_frame_pruned": True}):
+        shim.set_multiprocessors(multiprocessors)
+        check(x[1:], metric[1:], frames, r, **options)
+        alone = vidops.sta_score(x[1:], metric[1:], frames, r, backend="cuda", **options)
+        shim.set_multiprocessors(2)
+        both = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
+        assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+
+
+def test_a_cluster_of_eight_on_every_schedule(seeded: ModuleType) -> None:
+    """260 tokens: pieces of four do not share out evenly, and the last of the eight blocks has none."""
+    seeded.set_multiprocessors(132)
+    try:
+        x, metric = normal(1, 3 * 260, 4), normal(1, 3 * 260, 6, seed=1)
+        check(x, metric, 3, 90)
+    finally:
+        seeded.set_multiprocessors(2)
+
+
+def test_a_cluster_that_reads_from_global_memory(shim: ModuleType) -> None:
+    """Its blocks take 166 KB with the columns of two pairs of groups, 16 without; the bits are the same."""
+    shim.set_seed(101)
+    shim.set_multiprocessors(4)
+    x, metric = normal(1, 3 * 260, 4), normal(1, 3 * 260, 6, seed=1)
+    found = vidops.sta_score(x, metric, 3, 90, backend="cuda")
+    shim.set_shared_limit(99 * 1024)
+    try:
+        less = vidops.sta_score(x, metric, 3, 90, backend="cuda")
+    finally:
+        shim.set_shared_limit(227 * 1024)
+        shim.set_multiprocessors(2)
+    assert all(torch.equal(a, b) for a, b in zip(found, less, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_no_clips(shim: ModuleType, dtype: torch.dtype) -> None:
+    for frames in (1, 3):
+        check(torch.empty(0, 15, 4, dtype=dtype), torch.empty(0, 15, 2, dtype=dtype), frames, 2)
+
+
+def test_similarities_that_round_to_negative_zero_tie_with_zero(shim: ModuleType) -> None:
+    shim.set_seed(0)
+    tiny = 1e-30  # the cosine of the third key with the others is -1e-60
+    keys = torch.tensor([[[0, 1, 0], [-tiny, 0, 1], [tiny, 1, 0], [-tiny, 0, 1]]])
+    found = vidops.sta_score(torch.ones(1, 4, 1), keys, 1, 1, backend="cuda")
+    assert found.first_similarity.tolist() == [[0, 0]]
+    assert found.first_order.tolist() == [[1, 3, 0, 2]]
+    check(torch.ones(1, 4, 1), keys, 1, 1)
+    check(torch.ones(1, 4, 1), -torch.zeros(1, 4, 3), 2, 1)
+
+
+@FEW
+@pytest.mark.parametrize("size", SIZES[2:7], ids=str)
+def test_doubles(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
+    """Keys whose squares are out of range, too."""
+    shim.set_seed(seed)
+    frames, tokens, channels, width, r = size
+    for batch, far in ((2, 1.0), (1, 1e200), (1, 1e-200)):
+        x = normal(batch, frames * tokens, channels, dtype=torch.float64)
+        metric = far * normal(batch, frames * tokens, width, seed=1, dtype=torch.float64)
+        check(x, metric, frames, r, reverse=batch == 1, first_frame_pruned=batch == 1)
+
+
 def test_every_schedule(seeded: ModuleType) -> None:
     """Fewer tokens than threads, and more than a warp of them."""
     x, metric = normal(1, 3 * 35, 8), normal(1, 3 * 35, 6, seed=1)
     check(x, metric, 3, 9, reverse=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_dtypes_and_strides(shim: ModuleType, dtype: torch.dtype) -> None:
     shim.set_seed(0)
     wide = normal(2, 40, 24, dtype=dtype)
@@ -57,10 +161,11 @@ def test_dtypes_and_strides(shim: ModuleType, dtype: torch.dtype) -> None:
     check(turned[..., 4:], turned[..., :4], 4, 3)
 
 
-def test_ties_extremes_and_what_is_not_finite(shim: ModuleType) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ties_extremes_and_what_is_not_finite(shim: ModuleType, dtype: torch.dtype) -> None:
     shim.set_seed(101)
-    repeated = normal(1, 3, 4, 5, seed=2).repeat(1, 1, 3, 1).flatten(1, 2)
-    tokens = normal(1, 3, 4, 6, seed=3).repeat(1, 1, 3, 1).flatten(1, 2)
+    repeated = normal(1, 3, 4, 5, seed=2, dtype=dtype).repeat(1, 1, 3, 1).flatten(1, 2)
+    tokens = normal(1, 3, 4, 6, seed=3, dtype=dtype).repeat(1, 1, 3, 1).flatten(1, 2)
     zero_key = repeated.clone()
     zero_key[:, 5:7] = 0
     for keys in (repeated, zero_key, torch.zeros_like(repeated), repeated * 1e30, repeated * 1e-38):
@@ -134,6 +239,9 @@ def test_groups_that_no_block_sorts_are_refused(shim: ModuleType) -> None:
     tokens = hub.MAX_TOKENS + 1
     with pytest.raises(vidops.BackendError, match="a block sorts at most"):
         vidops.sta_score(normal(1, tokens, 1), normal(1, tokens, 1), 1, 0, backend="cuda")
+    doubles = normal(1, hub.MAX_DOUBLES + 1, 1, dtype=torch.float64)
+    with pytest.raises(vidops.BackendError, match="a block sorts at most"):
+        vidops.sta_score(doubles, doubles, 1, 0, backend="cuda")
     with pytest.raises(vidops.BackendError, match="are sorted in a block"):
         vidops.bipartite_match(normal(1, 2 * tokens, 1), backend="cuda")
 
@@ -152,5 +260,7 @@ def test_the_largest_group_fits_the_least_shared_memory(shim: ModuleType) -> Non
         order = found.first_similarity[0].sort(stable=True).indices
         assert torch.equal(found.first_order[0, tokens // 2 :], 2 * order)
         assert torch.equal(found.keep[0, 0], found.first_order[0, :-5])
+        tokens = hub.MAX_DOUBLES
+        check(normal(1, tokens, 2, dtype=torch.float64), normal(1, tokens, 8, seed=1, dtype=torch.float64), 1, 5)
     finally:
         shim.set_shared_limit(227 * 1024)

@@ -12,7 +12,8 @@ from vidops._registry import Impl, Op, resolve
 from vidops.ops import _backends, _checks, _tokens
 from vidops.reference.sta_score import sta_score as reference
 
-MAX_TOKENS = 4096  # of a group: what a block of the CUDA kernel sorts in shared memory
+# Of a group: what a block of the CUDA kernel orders in shared memory. Doubles take twice as much.
+MAX_TOKENS, MAX_DOUBLES = 4096, 2048
 
 
 class StaScores(NamedTuple):
@@ -85,7 +86,8 @@ def sta_score(
 
 def shown(x: torch.Tensor, num_frames: int) -> torch.Tensor:
     """What backends refuse by: groups only where one is too large for some."""
-    return x.unflatten(1, (num_frames, -1)) if x.shape[1] > MAX_TOKENS * num_frames else x
+    most = MAX_DOUBLES if x.dtype == torch.float64 else MAX_TOKENS
+    return x.unflatten(1, (num_frames, -1)) if x.shape[1] > most * num_frames else x
 
 
 def check(x: Any, metric: Any, num_frames: Any, r: Any, reverse: Any, first_frame_pruned: Any) -> None:
@@ -138,18 +140,20 @@ def _cuda_forward(
     results = fake(x, metric, num_frames, r, reverse, first_frame_pruned, "")
     device, stream = _native.stream(x)
     sizes = x.shape[0], num_frames, x.shape[1] // num_frames, metric.shape[2]
-    workspace = results[0].new_empty(_native.C.sta_score_workspace_cuda(*sizes))
+    workspace = results[0].new_empty(_native.C.sta_score_workspace_cuda(*sizes, x.dtype == torch.float64))
     views = [_native.view(t) for t in (x, metric, *results, workspace)]
     _native.C.sta_score_forward_cuda(*views, reverse, first_frame_pruned, device, stream)
     return results
 
 
 def _large(tensors: Sequence[torch.Tensor]) -> str | None:
-    return f"a block sorts at most {MAX_TOKENS} tokens of a group" if tensors[0].dim() == 4 else None
+    if tensors[0].dim() != 4:
+        return None
+    return f"a block sorts at most {MAX_TOKENS} tokens of a group, {MAX_DOUBLES} in float64"
 
 
 def _cuda_refuses(tensors: Sequence[torch.Tensor]) -> str | None:
-    return _backends.cuda_refuses(tensors) or _large(tensors)
+    return _backends.cuda_refuses_in_any_dtype(tensors) or _large(tensors)
 
 
 OP = Op(

@@ -22,7 +22,7 @@ struct StaScoreCudaParams {
   bool reverse = false, first_frame_pruned = false;
 };
 
-int64_t sta_score_workspace_cuda(int64_t batch, int64_t frames, int64_t tokens, int64_t width);
+int64_t sta_score_workspace_cuda(int64_t batch, int64_t frames, int64_t tokens, int64_t width, bool f64);
 void sta_score_forward_cuda(const StaScoreCudaParams& params, int device, void* stream);
 
 struct GatherTokensCudaParams {
