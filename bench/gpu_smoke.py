@@ -183,7 +183,7 @@ HALF_OPS = (
     "sta_prune", "bipartite_match", "gather_tokens", "scatter_tokens",
 )  # fmt: skip
 # On CUDA the others have no float64.
-DOUBLE_OPS = ("label_propagation", "gather_tokens", "scatter_tokens", "nearest_kept")
+DOUBLE_OPS = ("label_propagation", "sta_score", "sta_prune", "gather_tokens", "scatter_tokens", "nearest_kept")
 LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

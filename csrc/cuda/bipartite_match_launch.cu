@@ -35,7 +35,7 @@ void bipartite_match_forward_cuda(const BipartiteMatchCudaParams& params, int de
   args.blocks = static_cast<int>(ceil_div(even, kWarps));
   args.tokens = keys.tokens, args.even = to_int(kOp, even);
   args.class_token = params.class_token, args.distill_token = params.distill_token;
-  args.unit = keys.unit, args.unit_item = tokens * args.metric.width;
+  args.unit = keys.unit;
   args.similarity = params.similarity.as<float>(), args.partner = params.partner.as<i64>();
   const DType dtype = params.metric.dtype;
   const auto unit = dtype == DType::f32 ? unit_keys_f32 : dtype == DType::f16 ? unit_keys_f16 : unit_keys_bf16;

@@ -142,6 +142,7 @@ VIDOPS_DEVICE double magnitude(double v) VIDOPS_BODY(return __builtin_fabs(v);, 
 VIDOPS_DEVICE bool finite(float v) { return (float_bits(v) & 0x7f800000u) != 0x7f800000u; }
 // NaN propagates, unlike with fmaxf.
 VIDOPS_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+VIDOPS_DEVICE double larger(double a, double b) { return a > b || a != a ? a : b; }
 // The number if one of the two is NaN.
 VIDOPS_DEVICE float larger_number(float a, float b) VIDOPS_BODY(return ::fmaxf(a, b);, return ::fmaxf(a, b);)
 

@@ -28,14 +28,17 @@ inline void zero_async(const char*, void* data, size_t bytes, void*) { std::mems
 
 inline size_t shared_limit(const char*) { return shim::machine().shared_limit; }
 
-inline int multiprocessors(const char*) { return 2; }
+inline int multiprocessors(const char*) { return shim::machine().multiprocessors; }
 
 template <class Kernel>
 int thread_limit(const char*, Kernel) {
   return 1024;
 }
 
-inline int cluster_limit(const char*) { return 8; }
+template <class Kernel>
+int cluster_limit(const char*, Kernel) {
+  return 8;
+}
 
 #define VIDOPS_LAUNCH_CLUSTERS(op, kernel, grid, cluster, threads, shared_bytes, stream, ...)               \
   do {                                                                                                      \
@@ -112,12 +115,16 @@ int thread_limit(const char* op, Kernel kernel) {
   return attributes.maxThreadsPerBlock;
 }
 
-// Blocks of a cluster that every device of a kind takes; 1 where there are no clusters.
-inline int cluster_limit(const char* op) {
+// Blocks of a cluster that every device of a kind takes; 1 where there are no clusters, or where the kernel knows of
+// none: PTX of sm_80 runs on newer devices as well, and takes every block for the first of its cluster.
+template <class Kernel>
+int cluster_limit(const char* op, Kernel kernel) {
   int device = 0, major = 0;
   check(op, "cudaGetDevice", cudaGetDevice(&device));
   check(op, "cudaDeviceGetAttribute", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 9 ? 8 : 1;
+  cudaFuncAttributes attributes{};
+  check(op, "cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, kernel));
+  return major >= 9 && attributes.ptxVersion >= 90 ? 8 : 1;
 }
 
 // More than 48 KB of dynamic shared memory must be asked for, per device; the call is a table look-up in the

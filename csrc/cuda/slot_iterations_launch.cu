@@ -121,8 +121,8 @@ IterationsPlan::IterationsPlan(const SlotIterationsCudaSizes& sizes, int64_t sha
 }
 
 IterationsPlan plan_on_device(const SlotIterationsCudaSizes& sizes) {
-  return IterationsPlan(sizes, static_cast<int64_t>(cuda::shared_limit(kOp)), cuda::cluster_limit(kOp),
-                        cuda::multiprocessors(kOp));
+  return IterationsPlan(sizes, static_cast<int64_t>(cuda::shared_limit(kOp)),
+                        cuda::cluster_limit(kOp, cuda::slot_iterations_8_f32), cuda::multiprocessors(kOp));
 }
 
 void require_shape(const char* name, const TensorView& view, std::initializer_list<int64_t> shape) {

@@ -15,8 +15,7 @@ constexpr int kTileColumns = 64;
 constexpr int kTilePieces = 16;              // of 16 bytes, that are held of a row at a time
 constexpr int kTilePitch = kTilePieces + 1;  // so that neighbouring rows lie in different banks
 constexpr int kScanThreads = 512;
-constexpr int kScanRun = 8;   // terms that are added in T before they join the sum in double
-constexpr int kRanked = 320;  // tokens that are counted to find their places; more are sorted
+constexpr int kScanRun = 8;  // terms that are added in T before they join the sum in double
 
 // T is the type of the figures: double for double tokens, else float.
 template <class T>
@@ -56,9 +55,6 @@ template <class T>
 VIDOPS_DEVICE int group_at(const StaScoreArgs<T>& a, int step) {
   return a.reverse ? a.frames - 1 - step : step;
 }
-
-// The larger, or NaN if one is.
-VIDOPS_DEVICE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 // One warp: x / |x| in double, zeros for zeros, NaN where an element is not finite. Equal rows stay equal.
 template <class Storage>
@@ -275,23 +271,23 @@ template <class T>
 struct Ranking {
   using Bits = typename SortingBits<T>::Type;
   static constexpr int kPer = 16 / sizeof(T);
+  // So many numbers find their places by counting, more by a sort, whose keys have no room for the bits of a double.
+  // A constant, since the launcher needs it as well and may call nothing that runs on the device.
+  static constexpr int kMostCounted = sizeof(T) == sizeof(float) ? 320 : 0x7fffffff;
   char* numbers;
   u32* place;
-
-  // A constant, not a function: the launcher asks too.
-  static constexpr int kMost = sizeof(T) == sizeof(float) ? kRanked : 0x7fffffff;
 
   VIDOPS_DEVICE void offer(int n, T v, int count) const {
     place[n] = 0;
     const Bits bits = sorting_bits(v), most = ~Bits{0} - 1;  // one more must not overflow
-    if (count > kMost)
+    if (count > kMostCounted)
       reinterpret_cast<u64*>(numbers)[n] = (u64)bits << 32 | (u32)n;
     else
       reinterpret_cast<Bits*>(numbers)[n] = bits < most ? bits : most;
   }
 
   // All threads, after all numbers were offered.
-  VIDOPS_DEVICE void settle(int count) const { count > kMost ? sort(count) : rank(count); }
+  VIDOPS_DEVICE void settle(int count) const { count > kMostCounted ? sort(count) : rank(count); }
 
   VIDOPS_DEVICE void sort(int count) const {
     u64* key = reinterpret_cast<u64*>(numbers);
@@ -347,7 +343,7 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
   VIDOPS_SHARED(memory);
   const int width = a.share * kPer, me = thread_x(), rank = cluster_rank(), pairs = a.frames - 1;
   double* scratch = reinterpret_cast<double*>(memory);
-  Piece<T>* held = reinterpret_cast<Piece<T>*>(scratch + kWarps);                      // (copies, tokens, share)
+  Piece<T>* held = reinterpret_cast<Piece<T>*>(scratch + kWarps);                    // (copies, tokens, share)
   double* sum = reinterpret_cast<double*>(held + (i64)a.held * a.tokens * a.share);  // (teams, width)
   T* accumulated = reinterpret_cast<T*>(sum + a.teams * width);
   u32* place = reinterpret_cast<u32*>(accumulated + (a.ranks > 1 ? 2 : 1) * a.pitch);
@@ -360,6 +356,7 @@ VIDOPS_DEVICE void sta_scan(const StaScoreArgs<T>& a) {
   const auto sync = [&] { a.ranks > 1 ? cluster_sync() : block_sync(); };
 
   const auto rows_of = [&](int pair) { return a.spread + ((i64)local * pairs + pair) * a.tokens * a.pitch; };
+  // What is held is narrower than the block is wide. Pieces beyond the row are zeros.
   const auto fetch = [&](int pair) {
     const int piece = rank * a.share + me % a.share, apart = kScanThreads / a.share;
     const Piece<T>* from = reinterpret_cast<const Piece<T>*>(rows_of(pair)) + piece;

@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* kOp = "sta_score";
 constexpr int64_t kSpreadBytes = int64_t{256} << 20;  // of the exponentials of the items of one launch
-constexpr int64_t kMaxTeams = 32;      // whose sums are added up again
-constexpr int64_t kTeamTokens = 5120;  // of all teams of a clip: so many doubles fit beside what else a block holds
+constexpr int64_t kMaxTeams = 32;                     // whose sums are added up again
+constexpr int64_t kTeamTokens = 5120;                 // of all teams: so many doubles fit beside what else a block has
 constexpr size_t kTileShared = 16 * cuda::kTilePitch * (cuda::kTileRows + cuda::kTileColumns);
 
 struct Sizes {
@@ -56,9 +56,9 @@ int64_t workspace_words(const Sizes& s) {
 }
 
 // Blocks of a cluster: as many as the device has room for, while each has enough to read of every row.
-template <class T>
-void share_out(const Sizes& s, cuda::StaScoreArgs<T>& args) {
-  const int64_t pieces = s.pitch() * static_cast<int64_t>(sizeof(T)) / 16, limit = cuda::cluster_limit(kOp);
+template <class T, class Scan>
+void share_out(const Sizes& s, Scan scan, cuda::StaScoreArgs<T>& args) {
+  const int64_t pieces = s.pitch() * static_cast<int64_t>(sizeof(T)) / 16, limit = cuda::cluster_limit(kOp, scan);
   const int64_t multiprocessors = cuda::multiprocessors(kOp);
   int64_t ranks = 1;
   while (s.frames > 1 && ranks * 2 <= limit && args.here * ranks * 2 <= multiprocessors && pieces >= ranks * 2 * 4)
@@ -73,7 +73,7 @@ template <class T>
 size_t scan_shared(const Sizes& s, cuda::StaScoreArgs<T>& args) {
   const size_t pitch = static_cast<size_t>(s.pitch());
   const size_t sums = static_cast<size_t>(args.teams) * static_cast<size_t>(args.share) * (16 / sizeof(T));
-  const int64_t slots = args.tokens > cuda::Ranking<T>::kMost ? cuda::power_of_two_from(s.tokens) : 0;
+  const int64_t slots = args.tokens > cuda::Ranking<T>::kMostCounted ? cuda::power_of_two_from(s.tokens) : 0;
   const size_t numbers = std::max(pitch * (sizeof(T) + sizeof(int)), sizeof(cuda::u64) * static_cast<size_t>(slots));
   const size_t shared = sizeof(double) * (cuda::kScanThreads / cuda::kWarp + sums) +
                         pitch * sizeof(T) * (args.ranks > 1 ? 2 : 1) + pitch * sizeof(cuda::u32) + numbers;
@@ -107,7 +107,7 @@ void run(const StaScoreCudaParams& params, const Sizes& s, cuda::StaScoreArgs<T>
     const int64_t tiles = s.match_rows() * s.match_columns() + s.pairs() * s.row_tiles() * s.column_tiles();
     VIDOPS_LAUNCH(kOp, spread, Grid{grid_x(kOp, args.here * (tiles + s.frames))}, kTileThreads, kTileShared, stream,
                   args);
-    share_out(s, args);
+    share_out(s, scan, args);
     const size_t shared = scan_shared(s, args);
     require(shared <= shared_limit(kOp), std::string(kOp) + ": too many tokens in a group for a block");
     VIDOPS_LAUNCH_CLUSTERS(kOp, scan, Grid{grid_x(kOp, int64_t{args.here} * args.ranks)}, args.ranks, kScanThreads,

@@ -56,6 +56,7 @@ PYBIND11_MODULE(VIDOPS_SHIM_MODULE, m) {
   pybind11::register_local_exception<shim::Fault>(m, "Fault", PyExc_RuntimeError);
   m.def("set_seed", [](unsigned seed) { shim::machine().seed = seed; });
   m.def("set_shared_limit", [](size_t bytes) { shim::machine().shared_limit = bytes; });
+  m.def("set_multiprocessors", [](int count) { shim::machine().multiprocessors = count; });
   m.def("selfcheck", &selfcheck);
   m.def("groups", &groups);
   m.def("rotate", &rotate);

@@ -106,14 +106,20 @@ class Scheduler {
   }
 
   void run() {
+    hold_back();
     while (std::accumulate(done_.begin(), done_.end(), 0) < total_) {
       bool progress = false;
       if (m_.seed) std::shuffle(warps_.begin(), warps_.end(), rng_);
-      for (int warp : warps_) progress |= run_warp(warp);
+      for (int warp : warps_)
+        if (runs(warp * kWarp / m_.threads)) progress |= run_warp(warp);
       for (int rank = 0; rank < m_.cluster; ++rank)
-        progress |= release(Wait::block, rank * m_.threads, m_.threads, "a block barrier");
-      progress |= release(Wait::cluster, 0, total_, "a cluster barrier");
-      if (!progress) throw Fault(describe("deadlock"));
+        if (runs(rank)) progress |= release(Wait::block, rank * m_.threads, m_.threads, "a block barrier");
+      if (release(Wait::cluster, 0, total_, "a cluster barrier")) {
+        progress = true;
+        hold_back();
+      }
+      if (!progress && !held_back_) throw Fault(describe("deadlock"));
+      if (!progress) held_back_ = 0;
     }
     for (int i = 0; i < total_; ++i) {
       const Fiber& f = m_.fibers[i];
@@ -124,6 +130,13 @@ class Scheduler {
   }
 
  private:
+  // What is read from another block goes wrong, if it can, while blocks are far apart.
+  void hold_back() {
+    if (m_.seed >= 100 && m_.cluster > 1) held_back_ = static_cast<unsigned>(rng_());
+  }
+
+  bool runs(int rank) const { return !(held_back_ >> rank & 1); }
+
   bool run_warp(int warp) {
     const int first = warp * kWarp, last = first + kWarp;
     int budget = m_.seed >= 100 ? 1 + static_cast<int>(rng_() % 400) : 1;
@@ -198,8 +211,9 @@ class Scheduler {
   std::mt19937 rng_;
   const char* kernel_;
   unsigned first_block_;
-  int total_;              // threads of the cluster
-  std::vector<int> done_;  // threads that have left, by block
+  int total_;               // threads of the cluster
+  unsigned held_back_ = 0;  // blocks of the cluster, a bit each, that wait until the others cannot go on
+  std::vector<int> done_;   // threads that have left, by block
   std::vector<int> warps_;
 };
 

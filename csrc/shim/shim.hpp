@@ -3,11 +3,11 @@
 // happens to work on one schedule is met by others:
 //   seed 0        lock-step, warps in order
 //   seeds 1..99   warps shuffled before every round
-//   seeds >= 100  shuffled and skewed: a warp may run far ahead of its block
+//   seeds >= 100  shuffled and skewed: a warp may run far ahead of its block, and a block of its cluster
 // Odd seeds complete asynchronous copies and the products of a warpgroup at once, even seeds as late as their waits
-// allow. Shared memory starts poisoned. A deadlock, a barrier that not all threads reach, or lanes of a warp in different warp operations
-// end the launch with shim::Fault instead of hanging. The blocks of a cluster run together, their warps in one order;
-// one that has left leaves poison behind.
+// allow. Shared memory starts poisoned. A deadlock, a barrier that not all threads reach, or lanes of a warp in different
+// warp operations end the launch with shim::Fault instead of hanging. The blocks of a cluster run together, their warps
+// in one order; one that has left leaves poison behind.
 #pragma once
 
 #if !defined(__x86_64__) || !defined(__linux__)
@@ -86,6 +86,7 @@ struct Exchange {
 struct Machine {
   unsigned seed = 0;
   size_t shared_limit = 227 * 1024;  // of a block, as on Hopper
+  int multiprocessors = 2;           // what launchers are told
   Fiber* current = nullptr;
   void* scheduler_stack = nullptr;
   Index block{0, 0, 0}, block_size, grid;  // `block` and `shared` are those of the current fiber

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -29,6 +30,15 @@ def check(x: torch.Tensor, metric: torch.Tensor, frames: int, r: int, **options:
     got = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
     want = vidops.sta_score(x, metric, frames, r, backend="reference", **options)
     limit = 1e-12 if x.dtype == torch.float64 else 1e-6
+    if x.dtype == torch.float64:
+        first = frames - 1 if options.get("reverse") else 0
+        # In doubles the products of the reference may not tie where keys are equal.
+        tokens = x.shape[1] // frames
+        order = got.first_similarity.sort(dim=1, stable=True).indices
+        odd = torch.arange(1, tokens, 2).expand(len(x), -1)
+        assert torch.equal(got.first_order, torch.cat([odd, 2 * order], 1))
+        assert torch.equal(got.keep[:, first], got.first_order[:, : tokens - r])
+        got.keep[:, first], want = want.keep[:, first], want._replace(first_order=got.first_order)
     for name, a, b in zip(got._fields, got, want, strict=True):
         if a.dtype == torch.int64:
             assert torch.equal(a, b), name
@@ -46,18 +56,81 @@ def test_sta_score(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
     check(x, metric, frames, r, reverse=True, first_frame_pruned=True)
 
 
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """What a kernel reads before it was written is no remainder of an earlier call: it is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2, 8, 132], ids=lambda count: f"{count}sm")
+def multiprocessors(shim: ModuleType, request: pytest.FixtureRequest) -> Iterator[int]:
+    """They decide into how many blocks a clip is cut: as many, for one clip, up to eight, if it has the tokens."""
+    shim.set_multiprocessors(request.param)
+    yield request.param
+    shim.set_multiprocessors(2)
+
+
 @FEW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", SIZES[4:], ids=str)
-def test_a_clip_of_several_blocks(shim: ModuleType, size: tuple[int, ...], seed: int) -> None:
-    """One clip has the multiprocessors of the shim to itself, and the bits that it has beside another."""
+def test_a_clip_of_several_blocks(
+    shim: ModuleType, multiprocessors: int, size: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
+    """The bits of a clip depend neither on how many blocks it has nor on what else is in the batch."""
     shim.set_seed(seed)
     frames, tokens, channels, width, r = size
-    x, metric = normal(2, frames * tokens, channels), normal(2, frames * tokens, width, seed=1)
+    x, metric = (normal(2, frames * tokens, n, seed=n, dtype=dtype) for n in (channels, width))
     for options in ({}, {"reverse": True, "first_frame_pruned": True}):
+        shim.set_multiprocessors(multiprocessors)
         check(x[1:], metric[1:], frames, r, **options)
-        both = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
         alone = vidops.sta_score(x[1:], metric[1:], frames, r, backend="cuda", **options)
+        shim.set_multiprocessors(2)
+        both = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
         assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+
+
+def test_a_cluster_of_eight_on_every_schedule(seeded: ModuleType) -> None:
+    """260 tokens: pieces of four do not share out evenly, and the last of the eight blocks has none."""
+    seeded.set_multiprocessors(132)
+    try:
+        x, metric = normal(1, 3 * 260, 4), normal(1, 3 * 260, 6, seed=1)
+        check(x, metric, 3, 90)
+    finally:
+        seeded.set_multiprocessors(2)
+
+
+def test_a_cluster_that_reads_from_global_memory(shim: ModuleType) -> None:
+    """Its blocks take 166 KB with the columns of two pairs of groups, 16 without; the bits are the same."""
+    shim.set_seed(101)
+    shim.set_multiprocessors(4)
+    x, metric = normal(1, 3 * 260, 4), normal(1, 3 * 260, 6, seed=1)
+    found = vidops.sta_score(x, metric, 3, 90, backend="cuda")
+    shim.set_shared_limit(99 * 1024)
+    try:
+        less = vidops.sta_score(x, metric, 3, 90, backend="cuda")
+    finally:
+        shim.set_shared_limit(227 * 1024)
+        shim.set_multiprocessors(2)
+    assert all(torch.equal(a, b) for a, b in zip(found, less, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_no_clips(shim: ModuleType, dtype: torch.dtype) -> None:
+    for frames in (1, 3):
+        check(torch.empty(0, 15, 4, dtype=dtype), torch.empty(0, 15, 2, dtype=dtype), frames, 2)
+
+
+def test_similarities_that_round_to_negative_zero_tie_with_zero(shim: ModuleType) -> None:
+    shim.set_seed(0)
+    tiny = 1e-30  # the cosine of the third key with the others is -1e-60
+    keys = torch.tensor([[[0, 1, 0], [-tiny, 0, 1], [tiny, 1, 0], [-tiny, 0, 1]]])
+    found = vidops.sta_score(torch.ones(1, 4, 1), keys, 1, 1, backend="cuda")
+    assert found.first_similarity.tolist() == [[0, 0]]
+    assert found.first_order.tolist() == [[1, 3, 0, 2]]
+    check(torch.ones(1, 4, 1), keys, 1, 1)
+    check(torch.ones(1, 4, 1), -torch.zeros(1, 4, 3), 2, 1)
 
 
 @FEW

@@ -82,9 +82,9 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_card else "cpu")
 
 
-def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """What a backend computes in: CUDA kernels refuse float64."""
-    return (torch.float32,) if backend == "cuda" else (torch.float64, torch.float32)
+def dtypes(backend: str, *, cuda_doubles: bool = False) -> tuple[torch.dtype, ...]:
+    """What a backend computes in: most CUDA kernels refuse float64."""
+    return (torch.float32,) if backend == "cuda" and not cuda_doubles else (torch.float64, torch.float32)
 
 
 def tag_of(dtype: torch.dtype) -> str:

@@ -32,10 +32,15 @@ def checked(
     run: Run,
     value_limit: Callable[[str, torch.dtype], float],
     gradient_limits: Mapping[torch.dtype, float],
+    *,
+    cuda_doubles: bool = False,
 ) -> list[Check]:
-    """Comparisons of what `run` gives on `backend` with what the case holds; integers must be equal."""
+    """Comparisons of what `run` gives on `backend` with what the case holds; integers must be equal.
+
+    `cuda_doubles`: all that `run` calls takes float64 on CUDA too.
+    """
     checks: list[Check] = []
-    for dtype in dtypes(backend):
+    for dtype in dtypes(backend, cuda_doubles=cuda_doubles):
         tag = tag_of(dtype)
         results, leaves, scalar = run(case, backend, dtype)
         for name, value in results.items():

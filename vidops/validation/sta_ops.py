@@ -47,7 +47,7 @@ def _merge(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
 
 
 def check_merge(case: Case, backend: str) -> list[Check]:
-    return checked(case, backend, _merge, _limit, LIMIT)
+    return checked(case, backend, _merge, _limit, LIMIT, cuda_doubles=True)
 
 
 def _chain(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
@@ -64,7 +64,7 @@ def _chain(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
 
 
 def check_chain(case: Case, backend: str) -> list[Check]:
-    return checked(case, backend, _chain, _limit, LIMIT)
+    return checked(case, backend, _chain, _limit, LIMIT, cuda_doubles=True)
 
 
 def _first_frame(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
@@ -87,7 +87,7 @@ def _fill(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
 
 
 def check_fill(case: Case, backend: str) -> list[Check]:
-    return checked(case, backend, _fill, _limit, LIMIT)
+    return checked(case, backend, _fill, _limit, LIMIT, cuda_doubles=True)
 
 
 def _tome(case: Case, backend: str, dtype: torch.dtype) -> Outcome:
