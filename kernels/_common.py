@@ -73,6 +73,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None
 
 
 _recorded: list[Launch] | None = None
@@ -101,18 +102,23 @@ def capability(t: torch.Tensor) -> tuple[int, int]:
     return _recorded_capability
 
 
-def launch(kernel: Any, grid: int, *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: int, *args: Any, num_warps: int, num_stages: int, registers: int | None = None, **constants: Any
+) -> None:  # fmt: skip
     """Run `kernel` on the device of its tensors, where Triton itself would take the current device.
 
-    Grids have one dimension, the only one with room for 2^31 programs.
+    Grids have one dimension, the only one with room for 2^31 programs. `registers` of a thread at most; without a
+    limit the assembler guesses how many warps should share a multiprocessor, and may spill to reach its guess.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        _recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, registers))
         return
     if grid == 0:
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     options = {"num_warps": num_warps, "num_stages": num_stages, **constants}
+    if registers is not None:
+        options["maxnreg"] = registers
     if device.type == "cuda":
         with torch.cuda.device(device):
             kernel[(grid,)](*args, **options)

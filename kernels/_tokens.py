@@ -3,6 +3,8 @@
 Decisions hang on these figures, and equal tokens have to get equal bits: no sum here depends on where a row lies.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -141,7 +143,7 @@ def row_tile(d: int, acc: torch.dtype) -> tuple[int, int]:
     return min(64, (512 if acc == torch.float64 else 1024) // step), step
 
 
-def product_constants(width: int, acc: torch.dtype) -> dict[str, object]:
+def product_constants(width: int, acc: torch.dtype) -> dict[str, Any]:
     """The constants of `cosines` but its tile: all products here are of float32, or of float64."""
     return {
         "WIDTH": width, "STEP": min(32, width), "ACC": _common.TL_DTYPE[acc], "SPLIT": acc == torch.float32,

@@ -464,6 +464,12 @@ class _Tile:
     hold: bool  # the tile of tokens, queries and gradients stay on the chip between their two uses
     warps: int
     stages: int
+    registers: int | None = None  # of a thread at most
+
+
+# Registers of a thread where products are scalar: 16 warps share a multiprocessor. Left to itself the assembler aims
+# at more, and whether it spills for them changes with every option of the kernel.
+_SCALAR_REGISTERS = 65536 // (16 * 32)
 
 
 def _power_of_two(n: int) -> int:
@@ -473,7 +479,8 @@ def _power_of_two(n: int) -> int:
 def _tile(width: int, columns: int, dtype: torch.dtype, backward: bool) -> _Tile:
     """A fixed table by width, `columns` (a power of two) that could use one tile, and dtype: no launch is ever timed.
 
-    Chosen so that no kernel spills registers on sm_80 and sm_90.
+    Chosen so that no kernel spills registers on sm_80 and sm_90. The scalar products of float16 and float32 hold a
+    chunk of channels of both operands in registers; chunks of wide rows, which have more sums beside them, are of 32.
     """
     columns = max(16, columns)
     narrow = width <= 64
@@ -491,8 +498,10 @@ def _tile(width: int, columns: int, dtype: torch.dtype, backward: bool) -> _Tile
             return _Tile(64 if width <= 256 else 32, 16, 128, 1024, False, 8, 1)
         return _Tile(32, 16, 128, 512, False, 8, 1) if width <= 768 else _Tile(32, 16, 64, 256, False, 8, 2)
     if backward:
-        return _Tile(16, 16, chunk if narrow else 32, 64, False, 8, 1)
-    return _Tile(64, 16, chunk, 64, False, 8, 1) if narrow else _Tile(16, 16, 64, 256, False, 8, 1)
+        return _Tile(16, 16, chunk if narrow else 32, 64, False, 8, 1, _SCALAR_REGISTERS)
+    if narrow:
+        return _Tile(64, 16, chunk, 64, False, 8, 1, _SCALAR_REGISTERS)
+    return _Tile(16, 16, 32, 256, False, 8, 1, _SCALAR_REGISTERS)
 
 
 class _Plan:
@@ -560,7 +569,7 @@ class _Plan:
             "NORM": self.norm, "TOKEN_MASK": self.with_token_mask, "SLOT_MASK": self.with_slot_mask,
             "GROUPS": self.groups, "DK": self.dk, "DV": self.dv, "T": self.tile.tokens, "R": self.tile.columns,
             "CHUNK": self.tile.chunk, "DOT": _operand(self.keys.dtype), "ACC": _common.TL_DTYPE[self.q.dtype],
-            "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+            "num_warps": self.tile.warps, "num_stages": self.tile.stages, "registers": self.tile.registers,
         }  # fmt: skip
 
     def main_constants(self) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def report(case: str, launch: _common.Launch, arch: int) -> dict[str, Any]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
