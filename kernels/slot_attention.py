@@ -470,6 +470,7 @@ class _Tile:
 # Registers of a thread where products are scalar: 16 warps share a multiprocessor. Left to itself the assembler aims
 # at more, and whether it spills for them changes with every option of the kernel.
 _SCALAR_REGISTERS = 65536 // (16 * 32)
+_ALL_REGISTERS = 255  # float64 takes two for each number: the assembler is to aim at no number of warps
 
 
 def _power_of_two(n: int) -> int:
@@ -486,7 +487,7 @@ def _tile(width: int, columns: int, dtype: torch.dtype, backward: bool) -> _Tile
     narrow = width <= 64
     chunk = _common.padded(width)
     if dtype == torch.float64:
-        return _Tile(16, 16, min(16, chunk), 32, False, 4, 1)
+        return _Tile(16, 16, min(16, chunk), 32, False, 4, 1, _ALL_REGISTERS)
     if dtype == torch.bfloat16 and backward:
         if narrow:
             return _Tile(32, 16, chunk, 64, False, 8, 2)
