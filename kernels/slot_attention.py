@@ -470,6 +470,7 @@ class _Tile:
 # Registers of a thread where products are scalar: 16 warps share a multiprocessor. Left to itself the assembler aims
 # at more, and whether it spills for them changes with every option of the kernel.
 _SCALAR_REGISTERS = 65536 // (16 * 32)
+_ALL_REGISTERS = 255  # float64 takes two for each number: the assembler is to aim at no number of warps
 
 
 def _power_of_two(n: int) -> int:
@@ -480,14 +481,13 @@ def _tile(width: int, columns: int, dtype: torch.dtype, backward: bool) -> _Tile
     """A fixed table by width, `columns` (a power of two) that could use one tile, and dtype: no launch is ever timed.
 
     Chosen so that no kernel spills registers on sm_80 and sm_90. The scalar products of float16 and float32 hold a
-    chunk of channels of both operands in registers, beside the sums: no chunk of wide rows, which have more of those,
-    is over 32.
+    chunk of channels of both operands in registers; chunks of wide rows, which have more sums beside them, are of 32.
     """
     columns = max(16, columns)
     narrow = width <= 64
     chunk = _common.padded(width)
     if dtype == torch.float64:
-        return _Tile(16, 16, min(16, chunk), 32, False, 4, 1)
+        return _Tile(16, 16, min(16, chunk), 32, False, 4, 1, _ALL_REGISTERS)
     if dtype == torch.bfloat16 and backward:
         if narrow:
             return _Tile(32, 16, chunk, 64, False, 8, 2)

@@ -30,15 +30,6 @@ def check(x: torch.Tensor, metric: torch.Tensor, frames: int, r: int, **options:
     got = vidops.sta_score(x, metric, frames, r, backend="cuda", **options)
     want = vidops.sta_score(x, metric, frames, r, backend="reference", **options)
     limit = 1e-12 if x.dtype == torch.float64 else 1e-6
-    if x.dtype == torch.float64:
-        first = frames - 1 if options.get("reverse") else 0
-        # In doubles the products of the reference may not tie where keys are equal.
-        tokens = x.shape[1] // frames
-        order = got.first_similarity.sort(dim=1, stable=True).indices
-        odd = torch.arange(1, tokens, 2).expand(len(x), -1)
-        assert torch.equal(got.first_order, torch.cat([odd, 2 * order], 1))
-        assert torch.equal(got.keep[:, first], got.first_order[:, : tokens - r])
-        got.keep[:, first], want = want.keep[:, first], want._replace(first_order=got.first_order)
     for name, a, b in zip(got._fields, got, want, strict=True):
         if a.dtype == torch.int64:
             assert torch.equal(a, b), name
