@@ -45,9 +45,9 @@ struct Gemm {
                  void* panel);
   // c: (a_panels*mr, b_panels*nr), row pitch ldc, overwritten.
   void (*run)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
-  // The same for the first half of the columns of one panel of B, which is all that a last panel may hold; null where
+  // The same for the first half of the columns of every panel of B, which is all that a last panel may hold; null where
   // that is not faster. Elements have the same bits.
-  void (*run_half)(int64_t a_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
+  void (*run_half)(int64_t a_panels, int64_t b_panels, int64_t k, const void* a, const void* b, T* c, int64_t ldc);
   // The same panels from a k-major source: source row k holds column k of every packed row.
   void (*pack_a_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);
   void (*pack_b_kmajor)(const T* source, int64_t pitch, int count, int64_t k, void* panel);

@@ -71,7 +71,7 @@ VIDOPS_INLINE void micro(int64_t k, const T* a, const T* b, T* c, int64_t ldc, b
 
 constexpr int64_t kDepth = 256;  // a B panel slice stays in L1 while the A block streams from L2
 
-template <class T>
+template <class T, int N = 2>
 void gemm(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, const void* b_raw, T* c,
           int64_t ldc) {
   using L = Lanes<T>;
@@ -79,27 +79,16 @@ void gemm(int64_t a_panels, int64_t b_panels, int64_t k, const void* a_raw, cons
   const T* b = static_cast<const T*>(b_raw);
   if (k == 0) {
     for (int64_t i = 0; i < a_panels * L::MR; ++i)
-      for (int64_t j = 0; j < b_panels * L::NR; ++j) c[i * ldc + j] = 0;
+      for (int64_t j = 0; j < b_panels * N * L::W; ++j) c[i * ldc + j] = 0;
     return;
   }
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = k - k0 < kDepth ? k - k0 : kDepth;
     for (int64_t jp = 0; jp < b_panels; ++jp)
       for (int64_t ip = 0; ip < a_panels; ++ip)
-        micro<T>(depth, a + (ip * k + k0) * L::MR, b + (jp * k + k0) * L::NR,
-                 c + ip * L::MR * ldc + jp * L::NR, ldc, k0 > 0);
+        micro<T, N>(depth, a + (ip * k + k0) * L::MR, b + (jp * k + k0) * L::NR,
+                    c + ip * L::MR * ldc + jp * N * L::W, ldc, k0 > 0);
   }
-}
-
-template <class T>
-void gemm_half(int64_t a_panels, int64_t k, const void* a_raw, const void* b_raw, T* c, int64_t ldc) {
-  using L = Lanes<T>;
-  const T* a = static_cast<const T*>(a_raw);
-  const T* b = static_cast<const T*>(b_raw);
-  for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepth)
-    for (int64_t ip = 0; ip < a_panels; ++ip)
-      micro<T, 1>(k - k0 < kDepth ? k - k0 : kDepth, a + (ip * k + k0) * L::MR, b + k0 * L::NR, c + ip * L::MR * ldc,
-                  ldc, k0 > 0);
 }
 
 // Rows [R0, R0 + N) of a panel of R, E columns of them. Where N is less than a vector, stores reach the next column,
@@ -744,7 +733,7 @@ template <class T>
 constexpr Kernels<T> make_table() {
   using L = Lanes<T>;
   return {{L::MR, L::NR, 1, int(sizeof(T)), int(kDepth), OperandError::none, pack<T, L::MR>, pack<T, L::NR>,
-           gemm<T>, gemm_half<T>, pack_kmajor<T, L::MR>, pack_kmajor<T, L::NR>},
+           gemm<T>, gemm<T, 1>, pack_kmajor<T, L::MR>, pack_kmajor<T, L::NR>},
           row_max<T>,
           next_not_below<T>,
           exp_sum,

@@ -41,7 +41,7 @@ void run_columns(const Gemm<T>& gemm, int64_t a_panels, int64_t columns, int64_t
   const int64_t whole = computed_columns(gemm, columns) / gemm.nr;
   gemm.run(a_panels, whole, k, a, b, c, ldc);
   const int64_t done = whole * gemm.nr;
-  if (done < columns) gemm.run_half(a_panels, k, a, b + done * k * gemm.elem, c + done, ldc);
+  if (done < columns) gemm.run_half(a_panels, 1, k, a, b + done * k * gemm.elem, c + done, ldc);
 }
 
 // Columns [0, count) of a k-major matrix (k rows, given pitch) as panels.

@@ -164,11 +164,8 @@ void slot_iterations_forward_cpu(const SlotIterationsForwardParams& params, int 
 }
 
 int64_t slot_record_size(const SlotIterationsParams& p) {
-  const SlotWeights& w = p.weights;
-  const int64_t channels = p.inputs.shape[2], width = p.states.shape[3];
-  int64_t row = 3 + w.q_weight.shape[0] + 2 * channels + w.v_weight.shape[0];
-  if (w.merge_weight.present()) row += w.merge_weight.shape[0];
-  if (w.gru_weight_ih.present()) row += 6 * width;
+  int64_t row = 0;
+  for (const auto& r : cpu::recorded_rows<float>(p)) row += r.width;
   return 2 * p.inputs.shape[0] * p.inputs.shape[1] + p.states.shape[0] * p.states.shape[1] * p.states.shape[2] * row;
 }
 

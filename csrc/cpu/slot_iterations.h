@@ -80,25 +80,6 @@ class Scratch {
   }
 };
 
-// The rows that a forward keeps for the backward: of each quantity those of all kept iterations one after the other, as
-// a product over several of them takes them. In front are the statistics of the tokens.
-template <class T>
-class SlotRecord {
- public:
-  // For the items from `first` on, of a record of `items`.
-  SlotRecord(T* base, int64_t kept, int64_t items, int64_t first, int64_t slots)
-      : next_(base), items_(items), first_(first), slots_(slots), kept_(kept) {}
-
-  T* of_tokens(int64_t tokens) { return std::exchange(next_, next_ + items_ * tokens) + first_ * tokens; }
-  // Of the first kept iteration; those of the next are `pitch(width)` away.
-  T* of_slots(int64_t width) { return std::exchange(next_, next_ + kept_ * pitch(width)) + first_ * slots_ * width; }
-  int64_t pitch(int64_t width) const { return items_ * slots_ * width; }
-
- private:
-  T* next_;
-  int64_t items_, first_, slots_, kept_;
-};
-
 // What the rows of slots are multiplied by, (out, in), or (in, out) if not `turned`.
 template <class T>
 struct SlotWeight {
@@ -141,6 +122,27 @@ struct SlotRows {
   T* moved = nullptr;                               // slots after the update
   T *mlp_normed = nullptr, *hidden = nullptr;       // hidden: after ReLU
 };
+
+// What a record holds of the rows of one iteration, and how wide. Of each quantity the rows of all kept iterations lie one
+// after the other, as a product over several of them takes them; in front of all are the statistics of the tokens.
+template <class T>
+struct RecordedRows {
+  T* SlotRows<T>::*rows;
+  int64_t width;
+};
+template <class T>
+std::vector<RecordedRows<T>> recorded_rows(const SlotIterationsParams& p) {
+  using S = SlotRows<T>;
+  const SlotWeights& w = p.weights;
+  const int64_t channels = p.inputs.shape[2], width = p.states.shape[3];
+  std::vector<RecordedRows<T>> found{{&S::c, 1}, {&S::weight, 1}, {&S::total, 1}, {&S::q, w.q_weight.shape[0]},
+                                     {&S::token_q, channels}, {&S::mean_row, channels},
+                                     {&S::heads, w.v_weight.shape[0]}};
+  if (w.merge_weight.present()) found.push_back({&S::update, w.merge_weight.shape[0]});
+  if (w.gru_weight_ih.present())
+    for (T* S::*gates : {&S::from_update, &S::from_slots}) found.push_back({gates, 3 * width});
+  return found;
+}
 
 template <class T>
 class SlotSide {
@@ -330,16 +332,13 @@ class SlotSide {
  private:
   void record() {
     const int64_t items = p_.items > 0 ? p_.items : batch_;
-    SlotRecord<T> record(p_.record.as<T>(), p_.states.shape[0], items, p_.first_item, slots_);
-    mean_ = record.of_tokens(tokens_), rstd_ = record.of_tokens(tokens_);
-    auto keep = [&](T* SlotRows<T>::*rows, int64_t width) {
-      recorded_.push_back({rows, record.of_slots(width), record.pitch(width)});
+    T* next = p_.record.as<T>();
+    auto place = [&](int64_t of_item, int64_t copies) {
+      return std::exchange(next, next + copies * items * of_item) + p_.first_item * of_item;
     };
-    for (T* SlotRows<T>::*rows : {&SlotRows<T>::c, &SlotRows<T>::weight, &SlotRows<T>::total}) keep(rows, 1);
-    keep(&SlotRows<T>::q, q_.outs()), keep(&SlotRows<T>::token_q, channels_);
-    keep(&SlotRows<T>::mean_row, channels_), keep(&SlotRows<T>::heads, value_.outs());
-    if (merge_.present()) keep(&SlotRows<T>::update, merge_.outs());
-    if (gru()) keep(&SlotRows<T>::from_update, 3 * width_), keep(&SlotRows<T>::from_slots, 3 * width_);
+    mean_ = place(tokens_, 1), rstd_ = place(tokens_, 1);
+    for (const RecordedRows<T>& r : recorded_rows<T>(p_))
+      recorded_.push_back({r.rows, place(slots_ * r.width, p_.states.shape[0]), items * slots_ * r.width});
   }
 
   void normalise(const T* x, const TensorView& weight, const TensorView& bias, T* out) const {

@@ -35,7 +35,7 @@ struct Operand {
 // Panels of rows [first, first + count), columns [k0, k0 + k).
 template <class T>
 void pack_rows(const Gemm<T>& g, bool a_side, const Operand<T>& x, int64_t first, int64_t count, int64_t k0, int64_t k,
-                char* out) {
+               char* out) {
   if (x.turned) return pack_columns(g, a_side, x.base + k0 * x.pitch + first, x.pitch, count, k, out);
   auto row = [&](int64_t r) { return x.base + (first + r) * x.pitch + k0; };
   pack_panels(g, a_side, row, count, k, (const T*)nullptr, T(1), 0, round_up(k, g.k_align), out);
@@ -180,7 +180,7 @@ void tile_product(const Gemm<T>& g, const ProductParams& p, int threads) {
     const Operand<T> a(p.a, item, p.a_turned), b(p.b, item, !p.b_turned);
     parallel_for(ceil_div(rows, g.mr), threads, [&](int64_t i, int) {
       pack_rows(g, true, a, from + i * g.mr, std::min<int64_t>(g.mr, rows - i * g.mr), k0, k,
-                 left.get() + i * g.mr * padded * g.elem);
+                left.get() + i * g.mr * padded * g.elem);
     });
     parallel_for(groups, team, [&](int64_t group, int thread) {
       Own& s = scratch[thread];
